@@ -1,0 +1,38 @@
+"""Removal of what nothing needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deltaloom.graph.ir import Call, Graph, Node
+
+
+def dead_code_elimination(graph: Graph) -> Graph:
+    """``graph`` without unused nodes, parameters, weights and regions; regions and weight graphs are cleaned too.
+
+    Inputs, outputs and states stay: they are the signature. A call stays if one of its outputs is used or if its region
+    has states, because its updates leave the program.
+    """
+    cleaned = {name: dead_code_elimination(region) for name, region in graph.regions.items()}
+    needed = set(graph.results)
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        has_states = isinstance(node.op, Call) and bool(graph.region(node.op.region).states)
+        if has_states or needed.intersection(node.outputs):
+            kept.append(node)
+            needed.update(node.inputs)
+    nodes = tuple(reversed(kept))
+    params = tuple(value for value in graph.params if value in needed)
+    called = {node.op.region for node in nodes if isinstance(node.op, Call)}
+    return replace(
+        graph,
+        nodes=nodes,
+        params=params,
+        regions={name: region for name, region in cleaned.items() if name in called},
+        weights=None if graph.weights is None else _needed_weights(graph.weights, {value.name for value in params}),
+    )
+
+
+def _needed_weights(weights: Graph, names: set[str]) -> Graph:
+    outputs = tuple((name, value) for name, value in weights.outputs if name in names)
+    return dead_code_elimination(replace(weights, outputs=outputs))

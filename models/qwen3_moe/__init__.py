@@ -1,0 +1,1 @@
+"""The layer graph of Qwen3-MoE."""

@@ -1,0 +1,1 @@
+"""The layer graphs of Qwen3-Next."""

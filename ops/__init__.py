@@ -1,0 +1,46 @@
+"""What each op means: one class an op, with its type rule, its NumPy reference (the definition) and optional rules.
+
+The classes are imported when an op is first asked for.
+"""
+
+from deltaloom.graph.registry import ops
+
+if __name__ != "deltaloom.ops":
+    raise ImportError("import deltaloom.ops, not ops: this folder is the source of deltaloom.ops")
+
+TABLE: dict[str, str] = {
+    "add": "deltaloom.ops.elementwise:Add",
+    "attention": "deltaloom.ops.attention:Attention",
+    "cast": "deltaloom.ops.elementwise:Cast",
+    "causal_conv1d": "deltaloom.ops.convolution:CausalConv1d",
+    "concat": "deltaloom.ops.shape:Concat",
+    "delta_gates": "deltaloom.ops.delta_gates:DeltaGates",
+    "dequantize": "deltaloom.ops.quantized:Dequantize",
+    "embedding": "deltaloom.ops.embedding:Embedding",
+    "flatten": "deltaloom.ops.shape:Flatten",
+    "gated_delta_rule": "deltaloom.ops.delta_rule:GatedDeltaRule",
+    "gated_rms_norm": "deltaloom.ops.norm:GatedRMSNorm",
+    "l2_norm": "deltaloom.ops.norm:L2Norm",
+    "linear": "deltaloom.ops.linear:Linear",
+    "mask_padding": "deltaloom.ops.padding:MaskPadding",
+    "moe_experts": "deltaloom.ops.moe:MoEExperts",
+    "mul": "deltaloom.ops.elementwise:Mul",
+    "one_plus": "deltaloom.ops.elementwise:OnePlus",
+    "reshape": "deltaloom.ops.shape:Reshape",
+    "rms_norm": "deltaloom.ops.norm:RMSNorm",
+    "rope": "deltaloom.ops.rope:Rope",
+    "rotary_embedding": "deltaloom.ops.rope:RotaryEmbedding",
+    "router_topk": "deltaloom.ops.moe:RouterTopK",
+    "sigmoid": "deltaloom.ops.elementwise:Sigmoid",
+    "sigmoid_gate": "deltaloom.ops.elementwise:SigmoidGate",
+    "silu": "deltaloom.ops.elementwise:Silu",
+    "split": "deltaloom.ops.shape:Split",
+    "stack": "deltaloom.ops.shape:Stack",
+    "swiglu": "deltaloom.ops.elementwise:Swiglu",
+    "take_last": "deltaloom.ops.shape:TakeLast",
+    "transpose": "deltaloom.ops.shape:Transpose",
+    "unflatten": "deltaloom.ops.shape:Unflatten",
+}
+"""Name -> "module:Class" of the built-in ops."""
+
+ops.add_table(TABLE)

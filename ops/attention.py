@@ -1,0 +1,135 @@
+"""Causal attention with a growing cache (Qwen3-Next specification, section 6)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deltaloom.graph.errors import require
+from deltaloom.graph.op import Array, Case, Cost, Draw, Op
+from deltaloom.graph.types import TensorType, bool_
+from deltaloom.ops.laws import PaddingIsNoOp, PermutationEquivariant, Streaming
+from deltaloom.ops.padding import left_padded
+from deltaloom.ops.precision import wide, wide_tensor
+from deltaloom.ops.signature import Axes, floating, has_dtype
+
+
+class Attention(Op):
+    """out = cast(softmax(scale q K^T + mask)) V: scores and softmax in float32, then the model dtype, summed in float32.
+
+    q [batch, seq, Hq, D] sees the past and, causally, itself: K = key_cache ++ k, V = value_cache ++ v along axis 2 of
+    [batch, Hkv, past + seq, width]. Query head h uses key head h // (Hq / Hkv). ``valid`` [batch, past + seq] forbids columns;
+    a row that may see none gives 0."""
+
+    name: ClassVar[str] = "attention"
+    outputs: ClassVar[tuple[str, ...]] = ("out", "new_key_cache", "new_value_cache")
+    updates: ClassVar[dict[str, int]] = {"key_cache": 1, "value_cache": 2}
+    appends: ClassVar[dict[str, int]] = {"key_cache": 2, "value_cache": 2}
+    sharding: ClassVar[str] = (
+        "b s! (h r) d!, b s! h d!, b s! h v, b h past! d!, b h past! v, b all! -> b s! (h r) v, b h all! d!, b h all! v"
+    )
+    laws: ClassVar[tuple[Any, ...]] = (
+        Streaming(("q", "k", "v"), prefix=("valid",)),
+        PaddingIsNoOp(("q", "k", "v"), zero=("valid",), prefix=("valid",)),
+        PermutationEquivariant(("q", "k", "v", "key_cache", "value_cache", "valid")),
+    )
+    scale: float
+
+    def infer(
+        self,
+        q: TensorType,
+        k: TensorType,
+        v: TensorType,
+        key_cache: TensorType,
+        value_cache: TensorType,
+        valid: TensorType | None = None,
+    ) -> tuple[TensorType, TensorType, TensorType]:
+        dtype = floating("q", q)
+        axes = Axes()
+        axes.bind("q", q, "batch seq query_heads width")
+        axes.bind("k", k, "batch seq key_heads width")
+        axes.bind("v", v, "batch seq key_heads value_width")
+        axes.bind("key_cache", key_cache, "batch key_heads past width")
+        axes.bind("value_cache", value_cache, "batch key_heads past value_width")
+        for name, type_ in (("k", k), ("v", v), ("key_cache", key_cache), ("value_cache", value_cache)):
+            has_dtype(name, type_, dtype, "as q")
+        query_heads, key_heads = axes.number("query_heads"), axes.number("key_heads")
+        require(query_heads % key_heads == 0, f"q {q} has {query_heads} heads, not a multiple of the {key_heads} of k {k}")
+        columns = axes["past"] + axes["seq"]
+        if valid is not None:
+            axes.bind("valid", valid, "batch past+seq")
+            has_dtype("valid", valid, bool_, "for a mask")
+            require(valid.shape[1] == columns, f"valid {valid} should have {columns} columns: those of key_cache {key_cache} and k {k}")
+        batch, width, value_width = axes["batch"], axes["width"], axes["value_width"]
+        return (
+            q.with_shape(batch, axes["seq"], query_heads, value_width),
+            q.with_shape(batch, key_heads, columns, width),
+            q.with_shape(batch, key_heads, columns, value_width),
+        )
+
+    def reference(
+        self, q: Array, k: Array, v: Array, key_cache: Array, value_cache: Array, valid: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        keys = np.concatenate([key_cache, k.transpose(0, 2, 1, 3)], axis=2)
+        values = np.concatenate([value_cache, v.transpose(0, 2, 1, 3)], axis=2)
+        past, columns = key_cache.shape[2], keys.shape[2]
+        repeats = q.shape[2] // k.shape[2]
+        scores = self.scale * (wide(q).transpose(0, 2, 1, 3) @ wide(keys).repeat(repeats, axis=1).swapaxes(2, 3))
+        allowed = np.arange(columns) <= past + np.arange(q.shape[1])[:, None]
+        if valid is not None:
+            allowed = allowed & valid[:, None, None, :]
+        scores = np.where(allowed, scores, -np.inf)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores - np.where(np.isfinite(highest), highest, 0))
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = (weights / np.where(total == 0, 1, total)).astype(q.dtype)
+        out = wide(weights) @ wide(values).repeat(repeats, axis=1)
+        return out.transpose(0, 2, 1, 3).astype(q.dtype), keys, values
+
+    def torch(self, torch: Any, q: Any, k: Any, v: Any, key_cache: Any, value_cache: Any, valid: Any = None) -> Any:
+        keys = torch.cat([key_cache, k.transpose(1, 2)], dim=2)
+        values = torch.cat([value_cache, v.transpose(1, 2)], dim=2)
+        past, columns = key_cache.shape[2], keys.shape[2]
+        repeats = q.shape[2] // k.shape[2]
+        spread = wide_tensor(torch, keys).repeat_interleave(repeats, dim=1)
+        scores = self.scale * (wide_tensor(torch, q).transpose(1, 2) @ spread.mT)
+        rows = past + torch.arange(q.shape[1], device=q.device)
+        allowed = torch.arange(columns, device=q.device) <= rows[:, None]
+        if valid is not None:
+            allowed = allowed & valid[:, None, None, :]
+        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+        weights = weights.masked_fill(~allowed, 0).to(q.dtype)
+        return (weights @ values.repeat_interleave(repeats, dim=1)).transpose(1, 2), keys, values
+
+    def cost(
+        self,
+        q: TensorType,
+        k: TensorType,
+        v: TensorType,
+        key_cache: TensorType,
+        value_cache: TensorType,
+        valid: TensorType | None = None,
+    ) -> Cost:
+        """Of all columns (the causal half is not subtracted); the caches are read and their new entries written."""
+        columns = key_cache.shape[2] + k.shape[1]
+        rows = q.shape[0] * q.shape[1] * q.shape[2]
+        flops = rows * columns * (2 * q.shape[3] + 2 * v.shape[3] + 5)
+        out, _, _ = self.infer(q, k, v, key_cache, value_cache, valid)
+        read = q.nbytes() + key_cache.nbytes() + value_cache.nbytes() + 2 * (k.nbytes() + v.nbytes())
+        return Cost(flops, read + out.nbytes())
+
+    @classmethod
+    def cases(cls, draw: Draw) -> Case:
+        batch, past, seq = draw.integer(1, 3), draw.choice(0, 1, 7, 64), draw.choice(1, 2, 3, 5, 13, 63, 64, 65)
+        heads, repeats, width, value_width = draw.integer(1, 3), draw.integer(1, 3), draw.size(17), draw.size(17)
+        arrays: list[Array] = [
+            draw.normal(batch, seq, heads * repeats, width),
+            draw.normal(batch, seq, heads, width),
+            draw.normal(batch, seq, heads, value_width),
+            draw.normal(batch, heads, past, width),
+            draw.normal(batch, heads, past, value_width),
+        ]
+        if draw.choice(False, True):
+            arrays.append(left_padded(draw, batch, past + seq))
+        return Case(cls(scale=draw.choice(width**-0.5, 1.0)), tuple(arrays))

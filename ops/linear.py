@@ -1,0 +1,51 @@
+"""The matrix product with a weight."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deltaloom.graph.op import Array, Case, Cost, Draw, Op
+from deltaloom.graph.types import TensorType
+from deltaloom.ops.precision import wide
+from deltaloom.ops.signature import Axes, floating, has_dtype
+
+
+class Linear(Op):
+    """y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o], summed in float32 and rounded once to the dtype of x."""
+
+    name: ClassVar[str] = "linear"
+    sharding: ClassVar[str] = "... i, o i, +o -> ... o"
+
+    def infer(self, x: TensorType, weight: TensorType, bias: TensorType | None = None) -> TensorType:
+        dtype = floating("x", x)
+        axes = Axes()
+        axes.bind("x", x, "... in")
+        axes.bind("weight", weight, "out in")
+        has_dtype("weight", weight, dtype, "as x")
+        if bias is not None:
+            axes.bind("bias", bias, "out")
+            has_dtype("bias", bias, dtype, "as x")
+        return x.with_shape(*x.shape[:-1], axes["out"])
+
+    def reference(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        y = wide(x) @ wide(weight).T
+        if bias is not None:
+            y = y + wide(bias)
+        return y.astype(x.dtype)
+
+    def torch(self, torch: Any, x: Any, weight: Any, bias: Any = None) -> Any:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def cost(self, x: TensorType, weight: TensorType, bias: TensorType | None = None) -> Cost:
+        given = (x, weight) if bias is None else (x, weight, bias)
+        return Cost(2 * x.elements() * weight.shape[0], self.moved_bytes(*given))
+
+    @classmethod
+    def cases(cls, draw: Draw) -> Case:
+        lead = tuple(draw.size(5) for _ in range(draw.integer(0, 2)))
+        out, width = draw.size(), draw.size(70)
+        weight = draw.normal(out, width) / np.sqrt(width)
+        arrays = (draw.normal(*lead, width), weight)
+        return Case(cls(), draw.choice(arrays, (*arrays, draw.normal(out))))

@@ -1,0 +1,134 @@
+"""Routing and experts (Qwen3-Next specification, section 8)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deltaloom.graph.errors import require
+from deltaloom.graph.op import Array, Case, Cost, Draw, Op
+from deltaloom.graph.types import TensorType, i32
+from deltaloom.ops import precision
+from deltaloom.ops.laws import PermutationEquivariant
+from deltaloom.ops.precision import wide, wide_tensor
+from deltaloom.ops.signature import Axes, floating, has_dtype
+
+
+class RouterTopK(Op):
+    """p = softmax(logits) over all experts in float32; the k largest, largest first, ties to the lowest id; normalised to sum 1 if asked.
+
+    The order is that of the logits, so it does not depend on how the softmax is rounded. logits [batch, seq, E] give weights
+    [batch, seq, k] in their dtype and ids i32."""
+
+    name: ClassVar[str] = "router_topk"
+    outputs: ClassVar[tuple[str, ...]] = ("weights", "ids")
+    sharding: ClassVar[str] = "b s e! -> b s k!, b s k!"
+    laws: ClassVar[tuple[Any, ...]] = (PermutationEquivariant(("logits",)),)
+    k: int
+    normalize: bool
+
+    def infer(self, logits: TensorType) -> tuple[TensorType, TensorType]:
+        floating("logits", logits)
+        axes = Axes()
+        axes.bind("logits", logits, "batch seq experts")
+        require(1 <= self.k <= axes.number("experts"), f"k is {self.k}, but logits {logits} have {axes['experts']} experts")
+        weights = logits.with_shape(axes["batch"], axes["seq"], self.k)
+        return weights, weights.with_dtype(i32)
+
+    def reference(self, logits: Array) -> tuple[Array, Array]:
+        f = wide(logits)
+        p = np.exp(f - f.max(axis=-1, keepdims=True))
+        p = p / p.sum(axis=-1, keepdims=True)
+        ids = np.argsort(-f, axis=-1, kind="stable")[..., : self.k]
+        weights = np.take_along_axis(p, ids, axis=-1)
+        if self.normalize:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        return weights.astype(logits.dtype), ids.astype(np.int32)
+
+    def torch(self, torch: Any, logits: Any) -> Any:
+        f = wide_tensor(torch, logits)
+        ids = f.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
+        weights = f.softmax(-1).gather(-1, ids)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(logits.dtype), ids.to(torch.int32)
+
+    def cost(self, logits: TensorType) -> Cost:
+        return Cost(5 * logits.elements(), self.moved_bytes(logits))
+
+    @classmethod
+    def cases(cls, draw: Draw) -> Case:
+        experts = draw.size(20)
+        logits = draw.normal(draw.integer(1, 3), draw.size(), experts).clip(-30, 30)
+        if draw.choice(False, True):
+            logits = np.round(logits * 2) / 2
+        return Case(cls(k=draw.choice(draw.integer(1, experts), experts), normalize=draw.choice(True, False)), (logits,))
+
+
+class MoEExperts(Op):
+    """y = sum_j weights_j * down[e] swiglu(gate_up[e] x) with e = ids_j; each expert in the model dtype, the sum over j in float32.
+
+    x [batch, seq, H]; weights, ids [batch, seq, k]; gate_up [E, 2 I, H] (gate rows, then up rows); down [E, H, I]."""
+
+    name: ClassVar[str] = "moe_experts"
+    sharding: ClassVar[str] = "b s h!, b s k!, b s k!, e! (2 i) h!, e! h! i -> b s h!"
+    laws: ClassVar[tuple[Any, ...]] = (PermutationEquivariant(("x", "weights", "ids")),)
+
+    def infer(
+        self, x: TensorType, weights: TensorType, ids: TensorType, gate_up: TensorType, down: TensorType
+    ) -> TensorType:
+        dtype = floating("x", x)
+        axes = Axes()
+        axes.bind("x", x, "batch seq hidden")
+        axes.bind("weights", weights, "batch seq k")
+        axes.bind("ids", ids, "batch seq k")
+        axes.bind("down", down, "experts hidden intermediate")
+        axes.bind("gate_up", gate_up, "experts 2*intermediate hidden")
+        twice = 2 * axes.number("intermediate")
+        require(axes["2*intermediate"] == twice, f"gate_up {gate_up} should have {twice} rows an expert, twice the last axis of down {down}")
+        has_dtype("ids", ids, i32, "for expert ids")
+        for name, type_ in (("weights", weights), ("gate_up", gate_up), ("down", down)):
+            has_dtype(name, type_, dtype, "as x")
+        return x
+
+    def reference(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
+        y = np.zeros(x.shape, wide(x).dtype)
+        for expert in np.unique(ids):
+            batch, seq, rank = np.nonzero(ids == expert)
+            both = (wide(x[batch, seq]) @ wide(gate_up[expert]).T).astype(x.dtype)
+            gate, up = np.split(both, 2, axis=-1)
+            hidden = precision.silu(gate) * up
+            result = (wide(hidden) @ wide(down[expert]).T).astype(x.dtype)
+            np.add.at(y, (batch, seq), wide(weights[batch, seq, rank][:, None] * result))
+        return y.astype(x.dtype)
+
+    def torch(self, torch: Any, x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+        rows = x.flatten(0, 1)
+        y = wide_tensor(torch, torch.zeros_like(rows))
+        for expert in range(gate_up.shape[0]):
+            row, rank = torch.nonzero(ids.flatten(0, 1) == expert, as_tuple=True)
+            gate, up = torch.nn.functional.linear(rows[row], gate_up[expert]).chunk(2, dim=-1)
+            result = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[expert])
+            y = y.index_add(0, row, (weights.flatten(0, 1)[row, rank, None] * result).to(y.dtype))
+        return y.to(x.dtype).unflatten(0, x.shape[:2])
+
+    def cost(
+        self, x: TensorType, weights: TensorType, ids: TensorType, gate_up: TensorType, down: TensorType
+    ) -> Cost:
+        """FLOPs of the routed tokens; bytes of all experts, which is too many for a few tokens."""
+        expert = 3 * down.shape[1] * down.shape[2]
+        return Cost(2 * ids.elements() * expert, self.moved_bytes(x, weights, ids, gate_up, down))
+
+    @classmethod
+    def cases(cls, draw: Draw) -> Case:
+        batch, seq, experts = draw.integer(1, 3), draw.size(), draw.size(9)
+        hidden, inner = draw.size(17), draw.size(17)
+        k = draw.choice(draw.integer(1, experts), experts)
+        ids = np.argsort(draw.uniform(0.0, 1.0, batch, seq, experts), axis=-1)[..., :k]
+        if draw.choice(False, True):
+            ids = np.broadcast_to(ids[:1, :1], ids.shape).copy()
+        gate_up = draw.normal(experts, 2 * inner, hidden) / np.sqrt(hidden)
+        down = draw.normal(experts, hidden, inner) / np.sqrt(inner)
+        x, weights = draw.normal(batch, seq, hidden), draw.uniform(0.0, 1.0, batch, seq, k)
+        return Case(cls(), (x, weights, ids.astype(np.int32), gate_up, down))

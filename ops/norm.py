@@ -1,0 +1,129 @@
+"""Norms over the last axis (Qwen3-Next specification, sections 4 and 5.4)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deltaloom.graph.op import Array, Case, Cost, Draw, Op
+from deltaloom.graph.types import TensorType, f32
+from deltaloom.ops import precision
+from deltaloom.ops.precision import wide, wide_dtype, wide_tensor
+from deltaloom.ops.signature import Axes, floating, has_dtype
+
+
+class RMSNorm(Op):
+    """n = x / sqrt(mean(x^2) + eps) in float32; y = weight * cast(n), or cast(n * weight) with the float32 weight of ``one_plus``.
+
+    ``zero_centred=False``: the weight has the dtype of x and multiplies after rounding (Qwen3). ``zero_centred=True``: the stored
+    weight was lifted by ``one_plus`` and multiplies in float32, before the one rounding (Qwen3-Next)."""
+
+    name: ClassVar[str] = "rms_norm"
+    sharding: ClassVar[str] = "... d!, d! -> ... d!"
+    eps: float
+    zero_centred: bool = False
+
+    def infer(self, x: TensorType, weight: TensorType) -> TensorType:
+        dtype = floating("x", x)
+        axes = Axes()
+        axes.bind("x", x, "... width")
+        axes.bind("weight", weight, "width")
+        if self.zero_centred:
+            has_dtype("weight", weight, wide_dtype(dtype), f"(lifted by one_plus) for x {x}")
+        else:
+            has_dtype("weight", weight, dtype, "as x")
+        return x
+
+    def reference(self, x: Array, weight: Array) -> Array:
+        f = wide(x)
+        n = f / np.sqrt(np.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        return (n * weight).astype(x.dtype) if self.zero_centred else weight * n.astype(x.dtype)
+
+    def torch(self, torch: Any, x: Any, weight: Any) -> Any:
+        f = wide_tensor(torch, x)
+        n = f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)
+        return (n * weight).to(x.dtype) if self.zero_centred else weight * n.to(x.dtype)
+
+    def cost(self, x: TensorType, weight: TensorType) -> Cost:
+        return Cost(4 * x.elements(), self.moved_bytes(x, weight))
+
+    @classmethod
+    def cases(cls, draw: Draw) -> Case:
+        lifted = draw.choice(False, True)
+        width = draw.size(70)
+        x = draw.normal(draw.size(), draw.size(5), width)
+        op = cls(eps=draw.choice(1e-6, 1e-5, 1e-2), zero_centred=lifted)
+        return Case(op, (x, draw.normal(width)), (None, f32 if lifted else None))
+
+
+class GatedRMSNorm(Op):
+    """cast(float32(weight * cast(n)) * silu(float32(gate))) with n = x / sqrt(mean(x^2) + eps) in float32."""
+
+    name: ClassVar[str] = "gated_rms_norm"
+    sharding: ClassVar[str] = "... d!, ... d!, d! -> ... d!"
+    eps: float
+
+    def infer(self, x: TensorType, gate: TensorType, weight: TensorType) -> TensorType:
+        dtype = floating("x", x)
+        axes = Axes()
+        axes.bind("x", x, "... width")
+        axes.bind("gate", gate, "... width")
+        axes.bind("weight", weight, "width")
+        has_dtype("gate", gate, dtype, "as x")
+        has_dtype("weight", weight, dtype, "as x")
+        return x
+
+    def reference(self, x: Array, gate: Array, weight: Array) -> Array:
+        f = wide(x)
+        n = f / np.sqrt(np.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        scaled = weight * n.astype(x.dtype)
+        return (wide(scaled) * precision.silu(wide(gate))).astype(x.dtype)
+
+    def decompose(self, g: Any, x: Any, gate: Any, weight: Any) -> Any:
+        dtype = x.type.plain_dtype
+        wider = wide_dtype(dtype).long_name
+        scaled = g.cast(g.rms_norm(x, weight, eps=self.eps), dtype=wider)
+        return g.cast(g.mul(scaled, g.silu(g.cast(gate, dtype=wider))), dtype=dtype.long_name)
+
+    def torch(self, torch: Any, x: Any, gate: Any, weight: Any) -> Any:
+        f = wide_tensor(torch, x)
+        n = f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)
+        scaled = weight * n.to(x.dtype)
+        return (scaled * torch.nn.functional.silu(wide_tensor(torch, gate))).to(x.dtype)
+
+    def cost(self, x: TensorType, gate: TensorType, weight: TensorType) -> Cost:
+        return Cost(10 * x.elements(), self.moved_bytes(x, gate, weight))
+
+    @classmethod
+    def cases(cls, draw: Draw) -> Case:
+        shape = (draw.size(), draw.size(5), draw.size(70))
+        return Case(cls(eps=draw.choice(1e-6, 1e-2)), (draw.normal(*shape), draw.normal(*shape), draw.normal(shape[-1])))
+
+
+class L2Norm(Op):
+    """x / sqrt(sum(x^2) + eps), in float32; the result stays float32."""
+
+    name: ClassVar[str] = "l2_norm"
+    sharding: ClassVar[str] = "... d! -> ... d!"
+    eps: float = 1e-6
+
+    def infer(self, x: TensorType) -> TensorType:
+        dtype = floating("x", x)
+        Axes().bind("x", x, "... width")
+        return x.with_dtype(wide_dtype(dtype))
+
+    def reference(self, x: Array) -> Array:
+        f = wide(x)
+        return f / np.sqrt(np.sum(f * f, axis=-1, keepdims=True) + self.eps)
+
+    def torch(self, torch: Any, x: Any) -> Any:
+        f = wide_tensor(torch, x)
+        return f * torch.rsqrt(f.square().sum(-1, keepdim=True) + self.eps)
+
+    def cost(self, x: TensorType) -> Cost:
+        return Cost(3 * x.elements(), self.moved_bytes(x))
+
+    @classmethod
+    def cases(cls, draw: Draw) -> Case:
+        return Case(cls(eps=draw.choice(1e-6, 1e-2)), (draw.normal(draw.size(), draw.size(5), draw.size(70)),))

@@ -1,0 +1,115 @@
+"""Assign: every node gets the first kernel that accepts it, in the configured order; who refused, and why, stays in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from deltaloom.graph.builder import GraphBuilder
+from deltaloom.graph.errors import CompileError
+from deltaloom.graph.ir import Call, Graph, Node, Placement, Refusal, Value
+from deltaloom.graph.rewriter import Rewriter
+from deltaloom.passes.kernel import Kernel
+from deltaloom.passes.pipeline import Context, Pass
+
+LayoutKey = tuple[str, str, str]
+"""Graph or region name, weight name and backend."""
+
+
+@dataclass(frozen=True)
+class Assign(Pass):
+    """Place every node on a backend: claim or descend into its decomposition.
+
+    ``layouts`` holds decisions of prepack: a kernel that wants a weight otherwise is refused with that as the reason.
+    """
+
+    name = "assign"
+    requires = ("lifted",)
+    establishes = ("assigned",)
+    layouts: Mapping[LayoutKey, tuple[int, ...]] = field(default_factory=dict)
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        return self.each(graph, ctx)
+
+    def region(self, graph: Graph, ctx: Context) -> Graph:
+        while unplaced := [n for n in graph.nodes if n.placement is None and not isinstance(n.op, Call)]:
+            placed: dict[str, Node] = {}
+            rewriter = Rewriter(graph)
+            descended = False
+            for node in unplaced:
+                choice = self._place(node, graph.name, ctx)
+                if choice is not None:
+                    placed[node.name] = replace(node, placement=choice)
+                else:
+                    _descend(rewriter, node)
+                    descended = True
+            if descended:
+                graph = rewriter.result(after=self.name)
+            graph = replace(graph, nodes=tuple(placed.get(node.name, node) for node in graph.nodes))
+        return graph
+
+    def _place(self, node: Node, graph_name: str, ctx: Context) -> Placement | None:
+        """The placement of ``node``, None to descend; ``CompileError`` lists every refusal where neither is possible."""
+        refusals: list[Refusal] = []
+        for kernel in candidates(node, ctx):
+            reason = kernel.refusal(node) or self._layout_refusal(kernel, node, graph_name)
+            if reason is None:
+                return Placement(kernel.backend, kernel.name, tuple(refusals), kernel.layouts(node))
+            refusals.append(Refusal(kernel.name, reason))
+        if node.op.decompose is not None:
+            return None
+        lines = "".join(f"\n  {r.kernel}: {r.reason}" for r in refusals) or "\n  no backend has a kernel for this op"
+        order = ", ".join(order_for(node, ctx))
+        raise CompileError(f"nobody can run %{node.name} = {node.op} (backends {order}), built at {node.source}:{lines}")
+
+    def _layout_refusal(self, kernel: Kernel, node: Node, graph_name: str) -> str | None:
+        wanted = dict(kernel.layouts(node))
+        for position, axes in wanted.items():
+            value = node.inputs[position]
+            if value.kind != "param":
+                return f"wants {value} stored as {axes}, but it is computed, not a weight"
+        for position, value in enumerate(node.inputs):
+            if value.kind != "param" or not self.layouts:
+                continue
+            plain = tuple(range(value.type.rank))
+            decided = self.layouts.get((graph_name, value.name, kernel.backend))
+            if decided is not None and decided != wanted.get(position, plain):
+                return f"wants {value} stored as {wanted.get(position, plain)}, but prepack decided {decided}"
+        return None
+
+
+def order_for(node: Node, ctx: Context) -> tuple[str, ...]:
+    """The backends to ask for a node, in order: its op's override, otherwise the configured order."""
+    return tuple(ctx.config.kernels.get(node.op.name, tuple(backend.name for backend in ctx.backends)))
+
+
+def candidates(node: Node, ctx: Context) -> Iterator[Kernel]:
+    """Every kernel for the op of ``node``, in the configured order."""
+    for name in order_for(node, ctx):
+        for kernel in ctx.backend(name).kernels():
+            if kernel.op == node.op.name:
+                yield kernel
+
+
+def decomposition(node: Node) -> Graph:
+    """The parts of a node as a graph of its own: inputs ``0``, ``1``, … and outputs ``0``, ``1``, …"""
+    builder = GraphBuilder(node.op.name)
+    values = [builder.input(f"in{i}", value.type) for i, value in enumerate(node.inputs)]
+    assert node.op.decompose is not None
+    results = node.op.decompose(builder, *values)
+    for position, value in enumerate(results if isinstance(results, tuple) else (results,)):
+        builder.output(str(position), value)
+    return builder.build()
+
+
+def _descend(rewriter: Rewriter, node: Node) -> None:
+    """Put the decomposition of ``node`` in its place."""
+    parts = decomposition(node)
+    here: dict[Value, Value] = dict(zip(parts.inputs, node.inputs, strict=True))
+    for part in parts.nodes:
+        names = [f"{node.name}.{value.name}" for value in part.outputs]
+        made = rewriter.insert_all(part.op, [here[v] for v in part.inputs], names=names, before=node, replaces=[node])
+        here.update(zip(part.outputs, made, strict=True))
+    for old, (_, new) in zip(node.outputs, parts.outputs, strict=True):
+        rewriter.replace(old, here[new])
+    rewriter.remove(node)

@@ -1,0 +1,305 @@
+"""Emit: placed graphs become straight-line Python that a person can read, paste into a file and step through.
+
+Every region is one function ``region(inputs…, weights, fixed, append) -> (outputs, new fixed states)``; the top level is one more that
+takes ``weights``, ``fixed`` and ``append`` as dictionaries by call prefix and leaves new fixed states in ``fixed``. Runs of nodes for a
+backend that compiles (``torch.compile``) become functions of their own, which that backend finishes.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltaloom.graph.errors import CompileError
+from deltaloom.graph.ir import Call, Graph, Node, Value
+from deltaloom.graph.op import Op
+from deltaloom.graph.types import TensorType
+from deltaloom.passes.kernel import find_kernel
+from deltaloom.passes.pipeline import Context
+from deltaloom.passes.segment import TRANSFER, runs
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """A weight that a graph's function gets: which, for which backend, in which axis order (() is as typed)."""
+
+    value: Value
+    backend: str
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """A state that a graph's function gets: its name relative to the graph, type, owner, and append axis (None: fixed)."""
+
+    name: str
+    type: TensorType
+    backend: str
+    append_axis: int | None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What one function takes besides its inputs, in order."""
+
+    weights: tuple[WeightSlot, ...]
+    fixed: tuple[StateSlot, ...]
+    append: tuple[StateSlot, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program: ``run(*inputs, weights, fixed, append)`` gives the outputs as a tuple in the order of ``outputs``."""
+
+    graph: Graph
+    source: str
+    run: Callable[..., tuple[Any, ...]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    signatures: Mapping[str, Signature]
+
+
+def emit(graph: Graph, ctx: Context, title: str) -> Program:
+    """Source and function of a placed, segmented program. Raises ``CompileError`` for a node without placement."""
+    names = _Names()
+    signatures = {name: signature(region, ctx) for name, region in graph.regions.items()}
+    signatures[""] = signature(graph, ctx)
+    bodies: list[str] = []
+    finished: list[tuple[str, str]] = []
+    for name, region in graph.regions.items():
+        bodies += _function(region, signatures[name], signatures, names, finished, ctx, top=False)
+    bodies += _function(graph, signatures[""], signatures, names, finished, ctx, top=True)
+    source = "\n".join([*_header(f"{graph.name}, {title}", names, ctx), *bodies])
+    space: dict[str, Any] = dict(names.values)
+    exec(compile(source, f"<deltaloom {graph.name} {title}>", "exec"), space)  # noqa: S102 - our own emitted source
+    for function, backend in finished:
+        space[function] = ctx.backend(backend).finish(space[function], function)
+    run = space[names.function(graph.name)]
+    outputs = tuple(name for name, _ in graph.outputs)
+    return Program(graph, source, run, tuple(v.name for v in graph.inputs), outputs, signatures)
+
+
+def signature(graph: Graph, ctx: Context) -> Signature:
+    """Weights and states of a graph's function: by first use, each once for every backend and layout that reads it."""
+    weights: dict[WeightSlot, None] = {}
+    owners: dict[Value, str] = {}
+    for node in graph.nodes:
+        if node.placement is None:
+            continue
+        layouts = dict(node.placement.layouts)
+        for position, value in enumerate(node.inputs):
+            if value.kind == "param":
+                weights.setdefault(WeightSlot(value, node.placement.backend, layouts.get(position, ())))
+            elif value.kind == "state" and owners.setdefault(value, node.placement.backend) != node.placement.backend:
+                raise CompileError(f"state {value} is used on {owners[value]} and on {node.placement.backend}; give one backend both ops")
+    home = ctx.backends[0].name
+    slots = [StateSlot(s.name, s.value.type, owners.get(s.value, home), s.append_axis) for s in graph.states]
+    fixed = tuple(slot for slot in slots if slot.append_axis is None)
+    return Signature(tuple(weights), fixed, tuple(slot for slot in slots if slot.append_axis is not None))
+
+
+@dataclass
+class _Names:
+    """Python names of values, ops and kernels, and the objects behind the global ones."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    ops: dict[Op, str] = field(default_factory=dict)
+    kernels: dict[tuple[str, str, str], str] = field(default_factory=dict)
+
+    def function(self, name: str) -> str:
+        return identifier(name)
+
+    def op(self, op: Op) -> str:
+        if op not in self.ops:
+            self.ops[op] = f"{op.name}_{sum(other.name == op.name for other in self.ops)}"
+            self.values[self.ops[op]] = op
+        return self.ops[op]
+
+    def kernel(self, node: Node, ctx: Context) -> str:
+        assert node.placement is not None
+        key = (node.placement.backend, node.op.name, node.placement.kernel)
+        if key not in self.kernels:
+            backend, op, kernel = key
+            title = kernel.removeprefix(backend + ".")
+            name = identifier(f"{backend}_{title}" if title.startswith(op) else f"{backend}_{op}_{title}")
+            self.kernels[key] = name
+            self.values[name] = find_kernel(ctx.backend(backend), op, kernel)
+        return self.kernels[key]
+
+    def backend(self, name: str, ctx: Context) -> str:
+        self.values[name] = ctx.backend(name)
+        return name
+
+
+def identifier(name: str) -> str:
+    """A Python name that reads like ``name``."""
+    text = re.sub(r"\W", "_", name)
+    return f"{text}_" if keyword.iskeyword(text) or not text or text[0].isdigit() else text
+
+
+def _header(title: str, names: _Names, ctx: Context) -> list[str]:
+    lines = [f'"""Program {title}, emitted by deltaloom. It runs as it stands."""', ""]
+    lines += ["import deltaloom.ops", "from deltaloom.backends import backend", "from deltaloom.graph.registry import ops"]
+    lines += ["from deltaloom.passes.kernel import find_kernel", ""]
+    used = sorted({key[0] for key in names.kernels} | {b.name for b in ctx.backends if b.name in names.values})
+    lines += [f"{name} = backend({name!r}, device={ctx.backend(name).device!r})" for name in used]
+    for (owner, op, kernel), name in names.kernels.items():
+        lines.append(f"{name} = find_kernel({owner}, {op!r}, {kernel!r})")
+    for op, name in names.ops.items():
+        values = ", ".join(f"{key}={value!r}" for key, value in op.attributes().items())
+        lines.append(f"{name} = ops.get({op.name!r})({values})")
+    return [*lines, ""]
+
+
+class _Body:
+    """The lines of one function and the Python names of the values in it."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.local: dict[Value, str] = {}
+        self._taken: set[str] = {"weights", "fixed", "append"}
+
+    def name(self, value: Value) -> str:
+        """The Python name of a value; its last scope parts keep it short and readable."""
+        if value not in self.local:
+            base = identifier(value.name)
+            candidate, count = base, 1
+            while candidate in self._taken:
+                count += 1
+                candidate = f"{base}_{count}"
+            self._taken.add(candidate)
+            self.local[value] = candidate
+        return self.local[value]
+
+    def weight(self, slot: WeightSlot) -> str:
+        stored = "".join(map(str, slot.axes))
+        return self.name(Value(f"w_{slot.value.name}_{slot.backend}{stored}", slot.value.type, "param"))
+
+    def add(self, line: str) -> None:
+        self.lines.append(f"    {line}")
+
+
+def _function(
+    graph: Graph,
+    signature: Signature,
+    signatures: Mapping[str, Signature],
+    names: _Names,
+    finished: list[tuple[str, str]],
+    ctx: Context,
+    *,
+    top: bool,
+) -> list[str]:
+    """The lines of the function of one graph, after those of the segment functions that it calls."""
+    body = _Body()
+    for value in graph.inputs:
+        body.name(value)
+    own = '[""]' if top else ""
+    _unpack(body, [body.weight(slot) for slot in signature.weights], f"weights{own}")
+    states = {s.name: s.value for s in graph.states}
+    _unpack(body, [body.name(states[slot.name]) for slot in signature.fixed], f"fixed{own}")
+    _unpack(body, [body.name(states[slot.name]) for slot in signature.append], f"append{own}")
+    before: list[str] = []
+    scope = ""
+    for number, (backend, nodes) in enumerate(runs(graph)):
+        if backend is not None and ctx.backend(backend).compiles:
+            title = names.function(f"{graph.name}_{number}")
+            finished.append((title, backend))
+            before += _segment(title, graph, nodes, body, names, ctx)
+            continue
+        for node in nodes:
+            if node.scope != scope:
+                scope = node.scope
+                body.add(f"# {scope}")
+            _node(body, node, graph, signatures, names, ctx)
+    updates = dict(graph.updates)
+    new_fixed = [body.name(updates[slot.name]) for slot in signature.fixed]
+    results = _tuple([body.name(value) for _, value in graph.outputs])
+    if top:
+        if new_fixed:
+            body.add(f"fixed[''] = {_tuple(new_fixed)}")
+        body.add(f"return {results}")
+    else:
+        body.add(f"return {results}, {_tuple(new_fixed)}")
+    arguments = ", ".join([*(body.local[value] for value in graph.inputs), "weights", "fixed", "append"])
+    return [*before, "", f"def {names.function(graph.name)}({arguments}):", *body.lines, ""]
+
+
+def _node(
+    body: _Body, node: Node, graph: Graph, signatures: Mapping[str, Signature], names: _Names, ctx: Context
+) -> None:
+    """One line for one node."""
+    if isinstance(node.op, Call):
+        prefix, region = node.op.prefix, node.op.region
+        arguments = [body.name(v) for v in node.inputs]
+        arguments += [f"{kind}[{prefix!r}]" for kind in ("weights", "fixed", "append")]
+        target = f"{_tuple([body.name(v) for v in node.outputs])}, fixed[{prefix!r}]"
+        body.add(f"{target} = {names.function(region)}({', '.join(arguments)})")
+    elif node.op.name == TRANSFER:
+        source, goal = (names.backend(str(node.op.attributes()[key]), ctx) for key in ("source", "target"))
+        value = body.name(node.inputs[0])
+        body.add(f"{body.name(node.outputs[0])} = {goal}.from_host({source}.to_host({value}))")
+    else:
+        targets = [body.name(value) for value in _returned(node, graph)]
+        body.add(f"{', '.join(targets)} = {_kernel_call(body, node, names, ctx)}")
+
+
+def _kernel_call(body: _Body, node: Node, names: _Names, ctx: Context) -> str:
+    if node.placement is None:
+        raise CompileError(f"%{node.name} = {node.op} has no kernel; run the assign pass before emitting")
+    layouts = dict(node.placement.layouts)
+    arguments = [names.op(node.op)]
+    for position, value in enumerate(node.inputs):
+        if value.kind == "param":
+            arguments.append(body.weight(WeightSlot(value, node.placement.backend, layouts.get(position, ()))))
+        else:
+            arguments.append(body.name(value))
+    return f"{names.kernel(node, ctx)}({', '.join(arguments)})"
+
+
+def _returned(node: Node, graph: Graph) -> list[Value]:
+    """The outputs that a kernel returns: all but the append states, which it extends in place."""
+    appended = {node.op.updates[name] for name in node.op.appends}
+    updated = {value for _, value in graph.updates}
+    for index in appended:
+        value = node.outputs[index]
+        if graph.users.get(value) or value not in updated:
+            raise CompileError(f"%{value.name} is an append state of %{node.name} and can only be a state's new value")
+    return [value for index, value in enumerate(node.outputs) if index not in appended]
+
+
+def _segment(title: str, graph: Graph, nodes: Sequence[Node], outer: _Body, names: _Names, ctx: Context) -> list[str]:
+    """A function for a run of nodes of one compiling backend, and its call in ``outer``."""
+    inner = _Body()
+    inputs: dict[str, str] = {}
+    made: set[Value] = set()
+    for node in nodes:
+        assert node.placement is not None
+        layouts = dict(node.placement.layouts)
+        for position, value in enumerate(node.inputs):
+            if value.kind == "param":
+                slot = WeightSlot(value, node.placement.backend, layouts.get(position, ()))
+                inputs[inner.weight(slot)] = outer.weight(slot)
+            elif value not in made:
+                inputs[inner.name(value)] = outer.name(value)
+        made.update(node.outputs)
+    for node in nodes:
+        targets = ", ".join(inner.name(value) for value in _returned(node, graph))
+        inner.add(f"{targets} = {_kernel_call(inner, node, names, ctx)}")
+    mine = {node.name for node in nodes}
+    later = {v for node in graph.nodes if node.name not in mine for v in node.inputs} | set(graph.results)
+    results = [value for node in nodes for value in _returned(node, graph) if value in later]
+    inner.add(f"return {_tuple([inner.name(value) for value in results])}")
+    outer.add(f"{_tuple([outer.name(value) for value in results])} = {title}({', '.join(inputs.values())})")
+    return ["", f"def {title}({', '.join(inputs)}):", *inner.lines, ""]
+
+
+def _unpack(body: _Body, targets: Sequence[str], source: str) -> None:
+    if targets:
+        body.add(f"{_tuple(targets)} = {source}")
+
+
+def _tuple(items: Sequence[str]) -> str:
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"

@@ -1,0 +1,184 @@
+"""What a backend offers and what the compiler asks of it: the ``Kernel`` and ``Backend`` protocols.
+
+Calling convention of kernels. ``run(op, *inputs)`` gets the op (for its attributes) and the backend's own tensors in the order of the
+op's inputs. A fixed state may be overwritten in place; its new value is returned in any case. An append state (``op.appends``)
+comes as ``Appended``: the kernel writes its new entries in place behind ``length`` and does **not** return that output.
+A weight comes in the axis order that the registration ``wants``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from deltaloom.graph.dims import Dim
+from deltaloom.graph.errors import CompileError
+from deltaloom.graph.ir import Node
+from deltaloom.graph.types import DType, QuantType
+
+Tensor = Any
+"""A backend's own tensor; only its backend looks inside."""
+
+Guard = Callable[[Node], str | None]
+"""What a kernel *can* run: None accepts, a string is the reason why not."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Appended(NamedTuple):
+    """An append state during a run: ``data`` has room for the new entries along the append axis, ``length`` are filled."""
+
+    data: Tensor
+    length: Tensor
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function that runs one op on one backend. ``wants``: input name -> axis order of that weight (a parameter)."""
+
+    op: str
+    backend: str
+    run: Callable[..., Any]
+    when: tuple[Guard, ...] = ()
+    wants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    title: str = ""
+
+    @property
+    def name(self) -> str:
+        """``backend.function``, unique among the kernels of an op."""
+        return f"{self.backend}.{self.title or self.run.__name__}"
+
+    def refusal(self, node: Node) -> str | None:
+        """The first reason why this kernel cannot run ``node``, or None."""
+        for guard in self.when:
+            if (reason := guard(node)) is not None:
+                return reason
+        return None
+
+    def layouts(self, node: Node) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """``wants`` by input position."""
+        names = node.op.input_names()
+        return tuple(sorted((names.index(name), axes) for name, axes in self.wants.items() if names.index(name) < len(node.inputs)))
+
+
+class KernelTable:
+    """The kernels of a backend, in order of preference within an op; filled by the decorator ``table.kernel(op)``."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.kernels: list[Kernel] = []
+
+    def kernel(
+        self, op: str, *, when: Sequence[Guard] = (), wants: Mapping[str, tuple[int, ...]] | None = None
+    ) -> Callable[[F], F]:
+        """Register the decorated function for ``op``; those registered first are preferred."""
+
+        def register(run: F) -> F:
+            self.kernels.append(Kernel(op, self.backend, run, tuple(when), dict(wants or {})))
+            return run
+
+        return register
+
+
+class Backend(Protocol):
+    """Who runs programs. One object per configuration (device, threads); everything else about it is in its kernels."""
+
+    name: str
+    device: str
+    compiles: bool
+    """Whether ``finish`` does something, so that emitted code is given to it in functions of its own."""
+
+    def kernels(self) -> Sequence[Kernel]:
+        """Every kernel, the preferred of an op first, portable lowerings last."""
+
+    def compute_dtype(self, wanted: str) -> DType:
+        """The dtype for ``wanted`` ('float32', ...), or ``CompileError`` with a sentence if this backend cannot compute in it."""
+
+    def from_host(self, array: np.ndarray[Any, Any]) -> Tensor:
+        """The backend's tensor of a NumPy array; may share memory."""
+
+    def to_host(self, tensor: Tensor) -> np.ndarray[Any, Any]:
+        """A NumPy array of a tensor; may share memory."""
+
+    def zeros(self, shape: Sequence[int], dtype: DType) -> Tensor:
+        """A new tensor of zeros."""
+
+    def length(self, count: int) -> Tensor:
+        """The form in which ``Appended.length`` is given to kernels."""
+
+    def finish(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """Make an emitted region or segment function ready to run (torch.compile, for example)."""
+
+
+def find_kernel(backend: Backend, op: str, name: str) -> Callable[..., Any]:
+    """The function of the kernel ``name`` (``backend.function``) for ``op``; emitted source uses it."""
+    for kernel in backend.kernels():
+        if kernel.op == op and kernel.name == name:
+            return kernel.run
+    raise CompileError(f"backend {backend.name} has no kernel '{name}' for op {op}")
+
+
+# Guards that kernels are built from.
+
+
+def input_type(node: Node, name: str) -> Any:
+    """The type of the input called ``name``, or None where an optional input is absent."""
+    position = node.op.input_names().index(name)
+    return node.inputs[position].type if position < len(node.inputs) else None
+
+
+def size(name: str, axis: int, *, equals: int | None = None, at_most: int | None = None) -> Guard:
+    """The size of an axis of an input must be known and be as said."""
+
+    def guard(node: Node) -> str | None:
+        found: Dim = input_type(node, name).shape[axis]
+        if equals is not None and found != equals:
+            return f"axis {axis} of {name} is {found}, not {equals}"
+        if at_most is not None and not (isinstance(found, int) and found <= at_most):
+            return f"axis {axis} of {name} is {found}, over {at_most}"
+        return None
+
+    return guard
+
+
+def dtype_in(name: str, *dtypes: DType) -> Guard:
+    """The dtype of an input must be one of those listed."""
+
+    def guard(node: Node) -> str | None:
+        found: DType | QuantType = input_type(node, name).dtype
+        return None if found in dtypes else f"{name} is {found}, not {' or '.join(map(str, dtypes))}"
+
+    return guard
+
+
+def is_param(name: str) -> Guard:
+    """An input must be a weight, so that its layout can be chosen."""
+
+    def guard(node: Node) -> str | None:
+        value = node.inputs[node.op.input_names().index(name)]
+        return None if value.kind == "param" else f"{name} is %{value.name}, which is computed, not a weight"
+
+    return guard
+
+
+def attribute(name: str, *allowed: object) -> Guard:
+    """An attribute of the op must have one of the listed values."""
+
+    def guard(node: Node) -> str | None:
+        found = getattr(node.op, name)
+        return None if found in allowed else f"{name} is {found!r}, not {' or '.join(map(repr, allowed))}"
+
+    return guard
+
+
+def absent(name: str) -> Guard:
+    """An optional input must not be given."""
+
+    def guard(node: Node) -> str | None:
+        return None if input_type(node, name) is None else f"input {name} is given"
+
+    return guard

@@ -1,0 +1,157 @@
+"""Passes are data with a contract; the pipeline runs them in order and verifies the graph after each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from deltaloom.graph.errors import CompileError, DeltaloomError
+from deltaloom.graph.ir import Graph
+from deltaloom.graph.serialize import to_json
+from deltaloom.graph.text import print_graph
+from deltaloom.graph.verify import verify
+from deltaloom.passes.config import CompileConfig
+from deltaloom.passes.kernel import Backend
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may use: the configuration and the backends it names, in order."""
+
+    config: CompileConfig = field(default_factory=CompileConfig)
+    backends: tuple[Backend, ...] = ()
+
+    def backend(self, name: str) -> Backend:
+        """The backend called ``name``."""
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        raise CompileError(f"backend '{name}' is not among those of this configuration: {[b.name for b in self.backends]}")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One sentence of work on a graph. Fields are options; ``requires`` and ``establishes`` are property names."""
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    establishes: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, graph: Graph, ctx: Context) -> Graph:
+        """The new graph; the given one stays as it is."""
+        raise CompileError(f"pass {self.name} has no run")
+
+    def each(self, graph: Graph, ctx: Context) -> Graph:
+        """``region`` applied to the top level and to every region."""
+        changed = graph.map_regions(lambda region: self.region(region, ctx))
+        return self.region(changed, ctx)
+
+    def region(self, graph: Graph, ctx: Context) -> Graph:
+        """The work on one graph or region, for passes that do the same to all of them."""
+        return graph
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What one pass did: nodes of each body before and after, and its time."""
+
+    name: str
+    before: dict[str, int]
+    after: dict[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The graph after a pipeline, the properties it has, and one ledger row a pass."""
+
+    graph: Graph
+    properties: frozenset[str]
+    ledger: tuple[LedgerRow, ...]
+
+
+def run_pipeline(
+    graph: Graph, passes: Sequence[Pass], ctx: Context, *, properties: frozenset[str] = frozenset(), title: str = "shared"
+) -> Compiled:
+    """Run ``passes`` in order; ``title`` names the program in dumps. Raises ``CompileError`` for an order whose ``requires`` are not met, before running any pass."""
+    check_order(passes, properties)
+    ledger = []
+    verify(graph, after="the model's layer graph")
+    for step in passes:
+        start = time.perf_counter()
+        before = graph
+        try:
+            graph = step.run(before, ctx)
+            verify(graph, after=f"pass '{step.name}'")
+        except DeltaloomError as error:
+            folder = _repro(before, step, ctx.config)
+            saved = f"; its input is in {folder}" if folder else ""
+            error.add_note(f"in pass '{step.name}' on graph '{before.name}'{saved}")
+            raise
+        ledger.append(LedgerRow(step.name, node_counts(before), node_counts(graph), time.perf_counter() - start))
+        properties = properties.union(step.establishes)
+        if ctx.config.dump and graph != before:
+            _dump(graph, f"{title}-{len(ledger):02d}-{step.name}", Path(ctx.config.dump))
+    return Compiled(graph, properties, tuple(ledger))
+
+
+def check_order(passes: Sequence[Pass], properties: frozenset[str]) -> None:
+    """Refuse an order in which a pass runs before what it requires."""
+    known = set(properties)
+    for position, step in enumerate(passes):
+        missing = [name for name in step.requires if name not in known]
+        if missing:
+            ran = ", ".join(p.name for p in passes[:position]) or "none"
+            makers = [p.name for p in passes if missing[0] in p.establishes]
+            hint = f"; run {makers[0]} before it" if makers else ""
+            raise CompileError(f"pass '{step.name}' requires '{missing[0]}', which no earlier pass establishes (ran: {ran}){hint}")
+        known.update(step.establishes)
+
+
+def node_counts(graph: Graph) -> dict[str, int]:
+    """Nodes of the top level and of each region."""
+    return {graph.name: len(graph.nodes), **{name: len(region.nodes) for name, region in graph.regions.items()}}
+
+
+def _dump(graph: Graph, title: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{graph.name}-{title}.txt").write_text(print_graph(graph), encoding="utf-8")
+    except OSError as error:
+        raise CompileError(f"cannot write the graph dump to {folder}: {error.strerror}; choose another folder for dump") from error
+
+
+def _repro(graph: Graph, step: Pass, config: CompileConfig) -> Path | None:
+    """With a dump folder configured, leave the failing pass's input as text, JSON and a script that runs it again."""
+    if not config.dump:
+        return None
+    folder = Path(config.dump) / "repro" / step.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "graph.txt").write_text(print_graph(graph), encoding="utf-8")
+        (folder / "graph.json").write_text(to_json(graph), encoding="utf-8")
+        options = {"pass": f"{type(step).__module__}:{type(step).__qualname__}", "options": asdict(step)}
+        (folder / "pass.json").write_text(json.dumps(options, default=str, indent=1), encoding="utf-8")
+        (folder / "run.py").write_text(_SCRIPT, encoding="utf-8")
+    except OSError:
+        return None
+    return folder
+
+
+_SCRIPT = '''"""Run the failing pass again on its saved input."""
+import importlib, json, pathlib
+import deltaloom.ops
+from deltaloom.graph.serialize import from_json
+from deltaloom.passes.pipeline import Context, run_pipeline
+
+here = pathlib.Path(__file__).parent
+spec = json.loads((here / "pass.json").read_text())
+module, _, name = spec["pass"].partition(":")
+step = getattr(importlib.import_module(module), name)(**spec["options"])
+graph = from_json((here / "graph.json").read_text())
+print(run_pipeline(graph, [step], Context(), properties=frozenset(step.requires)).graph)
+'''

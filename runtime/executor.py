@@ -1,0 +1,115 @@
+"""Runs the programs of one model graph: picks the variant, gathers weights, advances the state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from deltaloom.graph.errors import RequestError, require
+from deltaloom.graph.ir import Graph
+from deltaloom.graph.op import Array
+from deltaloom.passes.driver import Driver, Variant
+from deltaloom.passes.emit import Program, Signature
+from deltaloom.passes.kernel import Tensor
+from deltaloom.passes.pipeline import Context
+from deltaloom.runtime.state import ModelState
+from deltaloom.runtime.weights import WeightStore
+
+
+class Executor:
+    """Programs, weights and states of one model graph (the main model, or an MTP head)."""
+
+    def __init__(self, graph: Graph, ctx: Context, store: WeightStore, *, planned: tuple[str, ...]) -> None:
+        """``planned``: outputs of the programs that decide weight layouts."""
+        self.name = graph.name
+        self.ctx = ctx
+        self.driver = Driver(graph, ctx, planned=(Variant(False, False, planned), Variant(True, False, planned)))
+        self._store = store
+        self._planned = planned
+        self._backends = {backend.name: backend for backend in ctx.backends}
+        self._weights: dict[Variant, dict[str, tuple[Tensor, ...]]] = {}
+
+    def load(self) -> None:
+        """Evaluate every weight of the planned programs now instead of at the first call."""
+        for decode in (False, True):
+            self._bound(Variant(decode, False, self._planned))
+
+    def new_state(self, batch: int) -> ModelState:
+        """A state at length 0 for ``batch`` sequences."""
+        program = self.driver.program(Variant(True, False, self._planned))
+        return ModelState(batch, _by_prefix(program), self._backends)
+
+    def program(self, variant: Variant) -> Program:
+        """The compiled program of a variant."""
+        return self.driver.program(variant)
+
+    def run(
+        self, inputs: Mapping[str, Array], state: ModelState, new_valid: Array | None, outputs: tuple[str, ...]
+    ) -> dict[str, Array]:
+        """One program call on ``n`` new tokens of every row: advances ``state`` and gives the outputs as host arrays.
+
+        ``inputs``: by name, each ``[batch, n, …]``, positions and padding excepted, which follow from ``new_valid`` bool
+        ``[batch, n]`` (None: all real) unless ``positions`` is given.
+        """
+        require(not state.broken, f"this state is unusable: {state.broken}; start from a new one or from a copy()", RequestError)
+        count = next(iter(inputs.values())).shape[1]
+        valid = _extend(state, new_valid, count)
+        program, weights = self._bound(Variant(count == 1, valid is not None, outputs))
+        given: dict[str, Array] = {**inputs}
+        given.setdefault("positions", positions(valid, state.batch, state.length, count))
+        if valid is not None:
+            given["valid"] = valid
+        home = self.ctx.backends[0]
+        arguments = [home.from_host(given[name]) for name in program.inputs]
+        append = state.append(count)
+        state.broken = "a call on it failed or was interrupted half-way"
+        results = program.run(*arguments, weights, state.fixed, append)
+        state.length += count
+        state.valid = valid
+        state.broken = ""
+        return {name: home.to_host(tensor) for name, tensor in zip(program.outputs, results, strict=True)}
+
+    def _bound(self, variant: Variant) -> tuple[Program, dict[str, tuple[Tensor, ...]]]:
+        program = self.driver.program(variant)
+        if variant not in self._weights:
+            self._weights[variant] = {
+                instance.prefix: tuple(
+                    self._store.get(self.name, instance.prefix, instance.graph, slot)
+                    for slot in program.signatures[_key(program, instance.graph)].weights
+                )
+                for instance in program.graph.instances()
+            }
+        return program, self._weights[variant]
+
+
+def _key(program: Program, graph: Graph) -> str:
+    return "" if graph is program.graph else graph.name
+
+
+def _by_prefix(program: Program) -> dict[str, Signature]:
+    return {i.prefix: program.signatures[_key(program, i.graph)] for i in program.graph.instances()}
+
+
+def _extend(state: ModelState, new_valid: Array | None, count: int) -> Array | None:
+    """The padding mask with ``count`` more columns; None while every row is real throughout."""
+    if state.valid is None and (new_valid is None or new_valid.all()):
+        return None
+    before = np.ones((state.batch, state.length), bool) if state.valid is None else state.valid
+    new = np.ones((state.batch, count), bool) if new_valid is None else new_valid
+    return np.concatenate([before, new], axis=1)
+
+
+def positions(valid: Array | None, batch: int, past: int, count: int) -> Array:
+    """int64 ``[batch, count]``: the number of real tokens before each, as the specification (section 5.8) has it."""
+    if valid is None:
+        return np.broadcast_to(np.arange(past, past + count, dtype=np.int64), (batch, count))
+    found: Array = np.maximum(np.cumsum(valid, axis=1, dtype=np.int64) - 1, 0)[:, -count:]
+    return found
+
+
+def describe(value: Any) -> str:
+    """A value's type and shape for error messages."""
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {list(shape)}"

@@ -1,0 +1,119 @@
+"""Composition: a checkpoint folder becomes a compiled ``Model``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import deltaloom.ops  # noqa: F401 - puts the built-in ops into the registry
+from deltaloom.backends import backend as make_backend
+from deltaloom.graph.errors import CheckpointError, ConfigError, require
+from deltaloom.graph.ir import Graph
+from deltaloom.graph.types import dtype_named
+from deltaloom.models.build import ModelGraphs
+from deltaloom.models.build import build_graph as build_family
+from deltaloom.models.bundled import model_folder
+from deltaloom.models.checkpoint import Checkpoint, check_finite
+from deltaloom.models.config import ModelConfig, read_config
+from deltaloom.models.coverage import CoverageReport, coverage
+from deltaloom.models.inventory import checkpoint_tensors
+from deltaloom.passes.config import CompileConfig
+from deltaloom.passes.driver import Driver, Variant
+from deltaloom.passes.pipeline import Context
+from deltaloom.runtime.executor import Executor
+from deltaloom.runtime.model import Model, MtpHead
+from deltaloom.runtime.weights import WeightStore
+
+ModelReference = str | os.PathLike[str]
+
+
+def load(
+    model: ModelReference,
+    *,
+    backend: str | Sequence[str] | None = None,
+    dtype: str | None = None,
+    config: CompileConfig | None = None,
+    max_model_len: int | None = None,
+    hf_overrides: Mapping[str, object] | None = None,
+    check_weights: bool = False,
+) -> Model:
+    """Read, compile and load a checkpoint: a folder, or a bundled name ("tiny-next").
+
+    ``backend``: a name or several in order of preference; ``dtype``: "auto", "float32", "bfloat16", …; both override ``config``.
+    ``max_model_len`` raises (or lowers) the context limit, by default the checkpoint's; ``hf_overrides`` are merged into
+    config.json; ``check_weights`` reads every tensor and refuses NaN and infinity. Raises ``CheckpointError``, ``ConfigError`` or
+    ``CompileError``.
+    """
+    folder = model_folder(model)
+    shape = read_config(folder, hf_overrides)
+    options = with_overrides(config or CompileConfig(), backend, dtype)
+    limit = max_model_len or shape.max_position_embeddings
+    require(limit >= 1, f"max_model_len is {max_model_len}, expected at least 1", ConfigError)
+    ctx = context(options, shape)
+    checkpoint = Checkpoint.open(folder)
+    graphs = build_family(shape, dtype=ctx.backends[0].compute_dtype(ctx.config.dtype), names=checkpoint.names())
+    check_coverage(shape, graphs, checkpoint).require_complete(f"the checkpoint {folder}")
+    check_stored(graphs, checkpoint)
+    if check_weights:
+        check_finite(checkpoint)
+    store = WeightStore(checkpoint, {b.name: b for b in ctx.backends})
+    main = Executor(graphs.main, ctx, store, planned=("last_logits",))
+    main.load()
+    mtp = Executor(graphs.mtp, ctx, store, planned=("logits", "hidden")) if graphs.mtp else None
+    return Model(shape, ctx, main, MtpHead(mtp) if mtp else None, folder=folder, max_model_len=limit)
+
+
+def build_graph(model: ModelReference, *, dtype: str = "float32", hf_overrides: Mapping[str, object] | None = None) -> ModelGraphs:
+    """The layer graphs of a model from its config.json alone; no weight is read. ``model``: a folder, config file or bundled name."""
+    path = model if str(model).endswith(".json") else model_folder(model)
+    return build_family(read_config(path, hf_overrides), dtype=dtype_named(dtype))
+
+
+def compile(graph: Graph, config: CompileConfig | None = None) -> Driver:  # noqa: A001 - the field's word
+    """The programs of a layer graph: ``compile(graph).program(Variant(decode=True, padded=False, outputs=("logits",)))``."""
+    options = config or CompileConfig()
+    names = tuple(name for name, _ in graph.outputs)
+    ctx = Context(options, tuple(make_backend(b, device=options.device, threads=options.threads) for b in options.backends))
+    return Driver(graph, ctx, planned=(Variant(False, False, names), Variant(True, False, names)))
+
+
+def context(config: CompileConfig, shape: ModelConfig) -> Context:
+    """The backends of a configuration, with ``dtype="auto"`` resolved: float32 on a CPU, the checkpoint's on an accelerator."""
+    backends = tuple(make_backend(b, device=config.device, threads=config.threads) for b in config.backends)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if config.device == "cpu" else shape.dtype
+    for one in backends:
+        one.compute_dtype(dtype)
+    return Context(replace(config, dtype=dtype), backends)
+
+
+def with_overrides(config: CompileConfig, backend: str | Sequence[str] | None, dtype: str | None) -> CompileConfig:
+    """``config`` with a backend (or an order of them) and a dtype in place of its own, where given."""
+    if backend is not None:
+        names = tuple(backend.split(",")) if isinstance(backend, str) else tuple(backend)
+        config = replace(config, backends=names)
+    return config if dtype is None else replace(config, dtype=dtype)
+
+
+def check_coverage(shape: ModelConfig, graphs: ModelGraphs, checkpoint: Checkpoint) -> CoverageReport:
+    """Compare the tensors that the graphs read with those of the checkpoint. A tied head's stored copy is accepted."""
+    expected = {name: stored.shape for name, stored in checkpoint_tensors(graphs.main, graphs.mtp).items()}
+
+    def ignorable(name: str) -> bool:
+        return shape.tie_word_embeddings and name == "lm_head.weight"
+
+    return coverage(expected, checkpoint.shapes(), ignorable=ignorable)
+
+
+def check_stored(graphs: ModelGraphs, checkpoint: Checkpoint) -> None:
+    """Every tensor must be stored in the dtype its parameter says, or, for plain ones, in some float dtype."""
+    for name, stored in checkpoint_tensors(graphs.main, graphs.mtp).items():
+        found = checkpoint.info(name).dtype
+        if stored.dtype is not None and found != stored.dtype.numpy:
+            raise CheckpointError(f"tensor '{name}' is stored as {found}, expected {stored.dtype.long_name} for a quantised weight")
+        if stored.dtype is None and found.name.startswith("float8"):
+            raise CheckpointError(f"tensor '{name}' is stored as {found}, but config.json does not list it as quantised")
+        if stored.dtype is None and found.kind in "iub" and not found.name.startswith("bfloat"):
+            raise CheckpointError(f"tensor '{name}' is stored as {found}, expected a floating-point weight")

@@ -1,0 +1,54 @@
+"""deltaloom: a compute-graph compiler and runtime for hybrid delta-rule language models.
+
+The public names are imported when they are first used, so that ``import deltaloom`` stays light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltaloom.graph.errors import DeltaloomError
+    from deltaloom.passes.config import CompileConfig
+    from deltaloom.runtime.auto import AutoModelForCausalLM, AutoTokenizer
+    from deltaloom.runtime.llm import LLM
+    from deltaloom.runtime.load import build_graph, compile, load
+    from deltaloom.runtime.params import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "CompileConfig",
+    "DeltaloomError",
+    "SamplingParams",
+    "build_graph",
+    "compile",
+    "load",
+]
+
+_MODULES = {
+    "LLM": "deltaloom.runtime.llm",
+    "AutoModelForCausalLM": "deltaloom.runtime.auto",
+    "AutoTokenizer": "deltaloom.runtime.auto",
+    "CompileConfig": "deltaloom.passes.config",
+    "DeltaloomError": "deltaloom.graph.errors",
+    "SamplingParams": "deltaloom.runtime.params",
+    "build_graph": "deltaloom.runtime.load",
+    "compile": "deltaloom.runtime.load",
+    "load": "deltaloom.runtime.load",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the module that defines it, once."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'deltaloom' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+    value: object = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,62 @@
+"""The benchmark programs: seeded checkpoints are what they claim, the floor counts them right, the table is right."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return {name: __import__(name) for name in ("make_midsize", "floor", "compare")}
+
+
+def write(programs: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> None:
+    monkeypatch.setattr("sys.argv", ["make_midsize.py", "next-tiny", str(folder), *flags])
+    programs["make_midsize"].main()
+
+
+def test_both_dtypes_of_a_seed_are_one_model_and_another_seed_is_not(
+    programs: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write(programs, monkeypatch, tmp_path / "wide", "--dtype", "float32", "--shard-gb", "0.001")
+    write(programs, monkeypatch, tmp_path / "narrow")
+    write(programs, monkeypatch, tmp_path / "other", "--seed", "1")
+    index = json.loads((tmp_path / "wide" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) == 2
+    with (
+        safe_open(tmp_path / "narrow" / "model-00001.safetensors", "np") as narrow,
+        safe_open(tmp_path / "other" / "model-00001.safetensors", "np") as other,
+    ):
+        assert set(index) == set(narrow.keys())
+        for name, file in index.items():
+            with safe_open(tmp_path / "wide" / file, "np") as wide:
+                values = wide.get_tensor(name)
+            assert values.dtype == np.float32
+            assert np.array_equal(values, narrow.get_tensor(name).astype(np.float32))
+            assert not np.array_equal(values, other.get_tensor(name).astype(np.float32))
+
+
+def test_the_floor_counts_the_weights_that_the_checkpoint_has(programs: dict[str, ModuleType]) -> None:
+    tiny = programs["make_midsize"].PRESETS["next-tiny"]
+    every_expert = replace(tiny, num_experts_per_tok=tiny.num_experts)
+    active = programs["floor"].Cost(every_expert).active()
+    drawn = programs["make_midsize"].tensors(every_expert, programs["make_midsize"].Draw(0))
+    matrices = sum(tensor.size for name, tensor in drawn if tensor.ndim == 2 and "embed_tokens" not in name)
+    assert sum(active.values()) == matrices
+
+
+def test_the_table_gives_medians_spread_and_ratio(programs: dict[str, ModuleType]) -> None:
+    rounds = {"a": [{"prefill_8": 10.0}, {"prefill_8": 30.0}, {"prefill_8": 20.0}], "b": [{"prefill_8": 50.0}] * 3}
+    assert programs["compare"].table(rounds).splitlines() == [
+        "| tokens/s | a | b |",
+        "| --- | --- | --- |",
+        "| prefill_8 | 20.0 (10.0–30.0) | 50.0 (50.0–50.0), 2.50× |",
+    ]
