@@ -32,7 +32,7 @@ class OpMethod:
         if unknown := sorted(set(attributes) - known):
             has = f"it has {', '.join(sorted(known))}" if known else "it has none"
             raise GraphError(f"op {self._op.name} has no attribute '{unknown[0]}'; {has}")
-        return self._builder.add(self._op(**attributes), *inputs, name=name)
+        return self._builder.apply(self._op(**attributes), *inputs, name=name)
 
 
 class GraphBuilder:
@@ -117,7 +117,7 @@ class GraphBuilder:
         names = [f"{base}.{key}" for key, _ in region.outputs]
         return self._emit(Call(region=region.name, prefix=prefix), inputs, types, names)
 
-    def add(self, op: Op, *inputs: Value, name: str | None = None) -> Any:
+    def apply(self, op: Op, *inputs: Value, name: str | None = None) -> Any:
         """Add one node; gives its output, or a tuple where the op has several."""
         for position, value in enumerate(inputs):
             if not isinstance(value, Value):

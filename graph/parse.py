@@ -11,8 +11,8 @@ from deltaloom.graph.ir import SIGILS, Graph, Node, Placement, Refusal, State, V
 from deltaloom.graph.op import Attribute, Op
 from deltaloom.graph.registry import OpRegistry, ops
 from deltaloom.graph.scan import Line
-from deltaloom.graph.serialize import check_format, make_op
 from deltaloom.graph.verify import verify
+from deltaloom.graph.versions import check_format, make_op
 
 SECTIONS = ("inputs", "params", "states", "nodes", "outputs", "updates")
 
@@ -28,7 +28,7 @@ def parse_graph(text: str, *, registry: OpRegistry = ops) -> Graph:
     header.expect("graph")
     name = header.word("the graph's name")
     header.expect("(format")
-    check_format(header.number("the format's number"), f"the text of graph '{name}'")
+    check_format(header.integer("the format's number"), f"the text of graph '{name}'")
     header.expect(")")
     header.end()
     symbols: dict[str, Symbol] = {}
@@ -54,7 +54,7 @@ def _symbols(line: Line) -> dict[str, Symbol]:
         if name is None or name in found:
             line.fail("expected a new symbol such as 'past >= 0' or '1 <= seq <= 64'")
         line.expect(">=" if low is None else "<=")
-        bound = line.number("a bound")
+        bound = line.integer("a bound")
         found[name] = Symbol(name, bound) if low is None else Symbol(name, int(low), bound)
         if line.ended():
             return found
@@ -150,7 +150,7 @@ class _Reader:
             (parts.outputs if title == "outputs" else parts.updates).append((name, parts.use(line)))
         elif title == "states":
             value = self._declaration(line, "state", parts)
-            axis = line.number("an axis") if line.take("append axis") else None
+            axis = line.integer("an axis") if line.take("append axis") else None
             parts.states.append(State(value, axis))
         else:
             value = self._declaration(line, "input" if title == "inputs" else "param", parts)
@@ -172,7 +172,7 @@ class _Reader:
         for value in outputs:
             del parts.defined[str(value)]
         op_name = line.word("an op's name")
-        version = line.number("a version") if line.found(r"v(?=\d)") else 1
+        version = line.integer("a version") if line.found(r"v(?=\d)") else 1
         line.expect("(")
         inputs = line.items(lambda: parts.use(line), ")")
         attributes = dict(line.items(lambda: _attribute(line), "}")) if line.take("{") else {}
@@ -201,9 +201,9 @@ def _placement(line: Line) -> Placement:
     refusals: list[Refusal] = []
     while line.take(","):
         if line.take("input"):
-            position = line.number("the position of an input")
+            position = line.integer("the position of an input")
             line.expect("stored (")
-            layouts.append((position, tuple(line.items(lambda: line.number("an axis"), ")"))))
+            layouts.append((position, tuple(line.items(lambda: line.integer("an axis"), ")"))))
         else:
             line.expect("not")
             refused = line.word("a kernel")

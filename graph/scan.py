@@ -96,7 +96,7 @@ class Line:
             self.fail(f"expected {what} in double quotes")
         return text
 
-    def number(self, what: str) -> int:
+    def integer(self, what: str) -> int:
         """An integer."""
         found = self.found(r"-?\d+")
         if found is None:
@@ -133,7 +133,7 @@ class Line:
         found = self.found(CONSTANT)
         if found is None:
             self.fail("expected a number, a string, True, False, None or a tuple")
-        return float(found) if found.endswith("inf") else literal_eval(found)  # type: ignore[no-any-return]
+        return float(found) if found.endswith("inf") else literal_eval(found)
 
     def items(self, read: Callable[[], T], close: str) -> list[T]:
         """What ``read`` reads, separated by commas, up to ``close``; a comma may stand before it."""

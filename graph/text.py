@@ -24,8 +24,8 @@
       ...
 
 ``# SCOPE at SOURCE from ORIGIN, ORIGIN`` belongs to the node; lines that begin with ``#`` are remarks and are not read.
-A node that has a kernel says ``on BACKEND KERNEL``, then ``input 1 stored (1, 0)`` for each layout that the kernel wants,
-then ``not KERNEL: "reason"`` for each kernel that refused. A region or weight graph may have both sub-graphs itself.
+A node that has a kernel says ``on BACKEND KERNEL``, then ``input 1 stored (1, 0)`` for each layout that it wants, then
+``not KERNEL: "reason"`` for each kernel that refused. A region or weight graph may have both sub-graphs itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import re
 from collections.abc import Iterator
 
 from deltaloom.graph.dims import Symbol
-from deltaloom.graph.ir import FORMAT_VERSION, Graph, Node, State, Value
+from deltaloom.graph.ir import FORMAT_VERSION, Call, Graph, Node, State, Value
 
 WORD = re.compile(r"[^\s,:#\"'(){}\[\]=]+(?::[^\s,:#\"'(){}\[\]=]+)*")
 """A word that needs no quotes; a colon may stand inside (``graph.py:12``)."""
@@ -116,7 +116,9 @@ def _body(graph: Graph, sources: bool) -> Iterator[str]:
         if lines:
             yield title
             yield from (f"  {line}" for line in lines)
-    owned = [("region", name, region) for name, region in graph.regions.items()]
+    calls = [node.op.region for node in graph.nodes if isinstance(node.op, Call) and node.op.region in graph.regions]
+    names = dict.fromkeys([*calls, *sorted(graph.regions)])
+    owned = [("region", name, graph.regions[name]) for name in names]
     if graph.weights is not None:
         owned.insert(0, ("weights", graph.weights.name, graph.weights))
     for kind, name, body in owned:

@@ -37,15 +37,15 @@ LayerBuilder = Callable[[ModelConfig, LayerForm, DType, str], Graph]
 def layer_form(
     config: ModelConfig, prefix: str, mixer: LayerKind, *, moe: bool, names: Collection[str] | None
 ) -> LayerForm:
-    """The form of the layer at ``prefix`` (``model.layers.3``). ``names`` (of the checkpoint's tensors; None: as published)
-    decide whether experts are stacked. Raises CheckpointError for stacked experts in block FP8."""
+    """The form of the layer at ``prefix`` (``model.layers.3``). ``names`` (of the checkpoint's tensors; None: as
+    published) decide whether experts are stacked. Raises CheckpointError for stacked experts in block FP8."""
     stored = Stored(config.quantization).within(prefix)
     experts = f"{prefix}.mlp.experts"
     if moe and names and f"{experts}.gate_up_proj" in names and f"{experts}.0.gate_proj.weight" not in names:
         if stored.within("mlp").quantises("experts"):
             raise CheckpointError(
-                f"{experts}.gate_up_proj holds stacked experts, which the config declares as block FP8; experts in block "
-                "FP8 are read one by one only. Use the published checkpoint, which stores each expert by itself."
+                f"{experts}.gate_up_proj holds stacked experts, which the config declares as block FP8; experts in "
+                "block FP8 are read one by one only. Use the published checkpoint, which stores each by itself."
             )
         stored = replace(stored, stacked_experts=True)
     return LayerForm(mixer, moe, stored)
@@ -59,10 +59,8 @@ def layer_forms(config: ModelConfig, names: Collection[str] | None) -> list[Laye
     ]
 
 
-def layer_bodies(
-    config: ModelConfig, forms: Sequence[LayerForm], dtype: DType, layer: LayerBuilder
-) -> list[Graph]:
-    """One graph a form, in the order given; forms that give the same graph share it, a name that is taken gets a number."""
+def layer_bodies(config: ModelConfig, forms: Sequence[LayerForm], dtype: DType, layer: LayerBuilder) -> list[Graph]:
+    """One graph a form, in the order given; forms that give the same graph share it, a taken name gets a number."""
     by_form: dict[LayerForm, Graph] = {}
     distinct: dict[str, Graph] = {}
     for form in forms:
@@ -80,14 +78,17 @@ def layer_bodies(
 
 
 def decoder(config: ModelConfig, bodies: Sequence[Graph], dtype: DType, norm: Norm) -> Graph:
-    """The whole model: ``logits`` and, of the last position only, ``last_logits``; ``final_norm``; ``hidden.0`` (the
-    embedding) to ``hidden.L`` (each layer's raw output). Inputs: token_ids, positions [b, s] and valid [b, past + s]."""
+    """The whole model. Inputs: ``token_ids``, ``positions`` [b, s], ``valid`` [b, past + s]. Outputs: ``logits`` and,
+    of the last position only, ``last_logits``; ``final_norm``; ``hidden.0`` (the embedding), ``hidden.1`` (the raw
+    output of layer 0) and so on."""
     g = GraphBuilder(config.model_type, dtype=dtype)
     token_ids, positions, valid = token_inputs(g, "token_ids")
     cos, sin = rotary(g, config, positions)
     given = {"cos": cos, "sin": sin, "valid": valid}
 
-    x = g.embedding(token_ids, g.param("model.embed_tokens.weight", [config.vocab_size, config.hidden_size]), name="embed")
+    x = g.embedding(
+        token_ids, g.param("model.embed_tokens.weight", [config.vocab_size, config.hidden_size]), name="embed"
+    )
     hidden = [x]
     for number, body in enumerate(bodies):
         x = call_layer(g, body, x, given, f"model.layers.{number}.")

@@ -131,18 +131,16 @@ def swiglu_mlp(g: GraphBuilder, stored: Stored, x: Value, width: int) -> Value:
 
 
 def routed_experts(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value) -> Value:
-    """The sum of each token's best ``num_experts_per_tok`` experts, weighted by the router (specification, section 8)."""
+    """Each token's best ``num_experts_per_tok`` experts, summed with the router's weights (specification, 8)."""
     logits = linear(g, stored, x, "gate", config.num_experts)
-    weights, ids = g.router_topk(
-        logits, k=config.num_experts_per_tok, normalize=config.norm_topk_prob, name="router"
-    )
+    weights, ids = g.router_topk(logits, k=config.num_experts_per_tok, normalize=config.norm_topk_prob, name="router")
     gate_up, down = expert_weights(g, config, stored)
     y: Value = g.moe_experts(x, weights, ids, gate_up, down, name="experts")
     return y
 
 
 def expert_weights(g: GraphBuilder, config: ModelConfig, stored: Stored) -> tuple[Value, Value]:
-    """``gate_up`` [E, 2I, H] (gate rows first) and ``down`` [E, H, I], from either layout (specification, section 3.2)."""
+    """``gate_up`` [E, 2I, H], gate rows first, and ``down`` [E, H, I], from either layout (specification, 3.2)."""
     experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
     if stored.stacked_experts:
         gate_up = g.param("experts.gate_up_proj", [experts, 2 * width, hidden])

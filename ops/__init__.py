@@ -38,6 +38,7 @@ TABLE: dict[str, str] = {
     "stack": "deltaloom.ops.shape:Stack",
     "swiglu": "deltaloom.ops.elementwise:Swiglu",
     "take_last": "deltaloom.ops.shape:TakeLast",
+    "transfer": "deltaloom.ops.transfer:Transfer",
     "transpose": "deltaloom.ops.shape:Transpose",
     "unflatten": "deltaloom.ops.shape:Unflatten",
 }

@@ -16,11 +16,11 @@ from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
 class Attention(Op):
-    """out = cast(softmax(scale q K^T + mask)) V: scores and softmax in float32, then the model dtype, summed in float32.
+    """out = cast(softmax(scale q K^T + mask)) V: scores and softmax in float32, weights rounded, summed in float32.
 
     q [batch, seq, Hq, D] sees the past and, causally, itself: K = key_cache ++ k, V = value_cache ++ v along axis 2 of
-    [batch, Hkv, past + seq, width]. Query head h uses key head h // (Hq / Hkv). ``valid`` [batch, past + seq] forbids columns;
-    a row that may see none gives 0."""
+    [batch, Hkv, past + seq, width]. Query head h uses key head h // (Hq / Hkv). ``valid`` [batch, past + seq] forbids
+    columns; a row that may see none gives 0."""
 
     name: ClassVar[str] = "attention"
     outputs: ClassVar[tuple[str, ...]] = ("out", "new_key_cache", "new_value_cache")
@@ -55,12 +55,12 @@ class Attention(Op):
         for name, type_ in (("k", k), ("v", v), ("key_cache", key_cache), ("value_cache", value_cache)):
             has_dtype(name, type_, dtype, "as q")
         query_heads, key_heads = axes.number("query_heads"), axes.number("key_heads")
-        require(query_heads % key_heads == 0, f"q {q} has {query_heads} heads, not a multiple of the {key_heads} of k {k}")
+        require(query_heads % key_heads == 0, f"the heads of q {q} are not a multiple of those of k {k}")
         columns = axes["past"] + axes["seq"]
         if valid is not None:
             axes.bind("valid", valid, "batch past+seq")
             has_dtype("valid", valid, bool_, "for a mask")
-            require(valid.shape[1] == columns, f"valid {valid} should have {columns} columns: those of key_cache {key_cache} and k {k}")
+            require(valid.shape[1] == columns, f"valid {valid} should have {columns} columns, the past and k {k}")
         batch, width, value_width = axes["batch"], axes["width"], axes["value_width"]
         return (
             q.with_shape(batch, axes["seq"], query_heads, value_width),

@@ -16,7 +16,7 @@ from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
 class CausalConv1d(Op):
-    """y[t, c] = sum_j weight[c, 0, j] * u[t + j] over u = state ++ x, summed in float32 and rounded; then silu, if asked, rounded again.
+    """y[t, c] = sum_j weight[c, 0, j] * u[t + j] over u = state ++ x, in float32, rounded; then silu, if asked, rounded.
 
     The last tap multiplies the current position. ``state`` holds the last K - 1 columns of x, oldest first."""
 
@@ -39,7 +39,7 @@ class CausalConv1d(Op):
         axes.bind("weight", weight, "channels 1 taps")
         axes.bind("state", state, "batch channels taps-1")
         taps = axes.number("taps")
-        require(axes["taps-1"] == taps - 1, f"state {state} should have {taps - 1} columns for a weight of {taps} taps, {weight}")
+        require(axes["taps-1"] == taps - 1, f"state {state} should have {taps - 1} columns for weight {weight}")
         has_dtype("weight", weight, dtype, "as x")
         has_dtype("state", state, dtype, "as x")
         return x, state

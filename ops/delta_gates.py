@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.types import TensorType
 from deltaloom.ops import precision
@@ -15,14 +16,18 @@ from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
 class DeltaGates(Op):
-    """beta = float32(sigmoid(b)), rounded to the model dtype between; log_decay = -exp(a_log) * softplus(a + dt_bias), all in float32."""
+    """beta = float32(cast(sigmoid(b))); log_decay = -exp(a_log) * softplus(a + dt_bias), all of it in float32.
+
+    b, a [batch, seq, heads]; a_log, dt_bias [heads] in the dtype of b or float32."""
 
     name: ClassVar[str] = "delta_gates"
     outputs: ClassVar[tuple[str, ...]] = ("beta", "log_decay")
     sharding: ClassVar[str] = "... h, ... h, h, h -> ... h, ... h"
     laws: ClassVar[tuple[Any, ...]] = (PermutationEquivariant(("b", "a")),)
 
-    def infer(self, b: TensorType, a: TensorType, a_log: TensorType, dt_bias: TensorType) -> tuple[TensorType, TensorType]:
+    def infer(
+        self, b: TensorType, a: TensorType, a_log: TensorType, dt_bias: TensorType
+    ) -> tuple[TensorType, TensorType]:
         axes = Axes()
         axes.bind("b", b, "batch seq heads")
         axes.bind("a", a, "batch seq heads")
@@ -31,7 +36,8 @@ class DeltaGates(Op):
         dtype = floating("b", b)
         has_dtype("a", a, dtype, "as b")
         for name, type_ in (("a_log", a_log), ("dt_bias", dt_bias)):
-            has_dtype(name, type_, wide_dtype(dtype) if type_.dtype != dtype else dtype, f"or {dtype}, as b {b}")
+            allowed = (dtype, wide_dtype(dtype))
+            require(type_.dtype in allowed, f"{name} is {type_}, expected {dtype} as b {b}, or {allowed[1]}")
         gate = b.with_dtype(wide_dtype(dtype))
         return gate, gate
 
@@ -41,7 +47,8 @@ class DeltaGates(Op):
 
     def torch(self, torch: Any, b: Any, a: Any, a_log: Any, dt_bias: Any) -> Any:
         total = wide_tensor(torch, a) + wide_tensor(torch, dt_bias)
-        softplus = torch.nn.functional.softplus(total, threshold=40.0)  # the default turns linear at 20, visible in float64
+        # The default threshold turns linear at 20, which shows in float64.
+        softplus = torch.nn.functional.softplus(total, threshold=40.0)
         return wide_tensor(torch, torch.sigmoid(b)), -torch.exp(wide_tensor(torch, a_log)) * softplus
 
     def cost(self, b: TensorType, a: TensorType, a_log: TensorType, dt_bias: TensorType) -> Cost:

@@ -1,7 +1,8 @@
 """The gated delta rule, recurrent (the definition) and chunked (Qwen3-Next specification, sections 5.4 and 5.5).
 
-The chunked form is the WY representation of Yang, Wang, Zhang, Shen, Kim, "Parallelizing linear transformers with the delta
-rule over sequence length" (NeurIPS 2024), with the decays of Yang, Kautz, Hatamizadeh, "Gated delta networks" (ICLR 2025).
+The chunked form is the WY representation of Yang, Wang, Zhang, Shen, Kim, "Parallelizing linear transformers with the
+delta rule over sequence length" (NeurIPS 2024), with the decays of Yang, Kautz, Hatamizadeh, "Gated delta networks"
+(ICLR 2025).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.types import TensorType, f32, f64
 from deltaloom.ops.laws import ChunkInvariant, PaddingIsNoOp, PermutationEquivariant, Streaming
-from deltaloom.ops.precision import wide, wide_tensor
+from deltaloom.ops.precision import wide
 from deltaloom.ops.signature import Axes, floating, has_dtype
 
 CHUNK = 64
@@ -22,10 +23,11 @@ CHUNK = 64
 
 
 class GatedDeltaRule(Op):
-    """S = exp(log_decay) S; S += k (beta (v - S^T k))^T; out = S^T (scale q), position by position, in float32; out is cast to v's dtype.
+    """S = exp(log_decay) S; S += k (beta (v - S^T k))^T; out = S^T (scale q), position by position, all in float32.
 
-    q, k [batch, seq, Hk, dk] come normalised by ``l2_norm``; v [batch, seq, Hv, dv]; value head h uses key head h // (Hv / Hk);
-    state S [batch, Hv, dk, dv]. q, k, log_decay, beta and state are float32 (or all float64)."""
+    q, k [batch, seq, Hk, dk] come normalised by ``l2_norm``; v [batch, seq, Hv, dv] in the model dtype, to which out is
+    rounded; value head h uses key head h // (Hv / Hk); state S [batch, Hv, dk, dv]. q, k, log_decay, beta and state are
+    float32 (or all float64)."""
 
     name: ClassVar[str] = "gated_delta_rule"
     outputs: ClassVar[tuple[str, ...]] = ("out", "new_state")
@@ -52,7 +54,7 @@ class GatedDeltaRule(Op):
         axes.bind("beta", beta, "batch seq value_heads")
         axes.bind("state", state, "batch value_heads key_dim value_dim")
         key_heads, value_heads = axes.number("key_heads"), axes.number("value_heads")
-        require(value_heads % key_heads == 0, f"v {v} has {value_heads} heads, not a multiple of the {key_heads} of k {k}")
+        require(value_heads % key_heads == 0, f"the heads of v {v} are not a multiple of those of k {k}")
         floating("v", v)
         dtype = floating("state", state)
         require(dtype in (f32, f64), f"state is {state}, expected f32")
@@ -104,7 +106,8 @@ class GatedDeltaRule(Op):
             k = np.broadcast_to(k[:, :1], k.shape).copy()
         v = draw.normal(batch, seq, value_heads, value_dim)
         gate = (batch, seq, value_heads)
-        log_decay = draw.choice(draw.uniform(-2.0, 0.0, *gate), np.zeros(gate), np.full(gate, -20.0), -20 * draw.uniform(0.0, 1.0, *gate))
+        log_decay = draw.uniform(-2.0, 0.0, *gate) * draw.choice(1.0, 10.0, 0.0)
+        log_decay = draw.choice(log_decay, np.full(gate, -20.0))
         beta = draw.choice(draw.uniform(0.0, 1.0, *gate), np.ones(gate), np.zeros(gate))
         state = draw.normal(batch, value_heads, key_dim, value_dim) * draw.choice(1.0, 0.0)
         op = cls(scale=draw.choice(key_dim**-0.5, 1.0))
@@ -129,9 +132,10 @@ def chunked_delta_rule(
     The last chunk is filled with zeros, which change nothing.
     """
     seq, repeats = v.shape[1], v.shape[2] // k.shape[2]
-    heads = [q.repeat(repeats, axis=2) * scale, k.repeat(repeats, axis=2), wide(v), log_decay[..., None], beta[..., None]]
     chunks = -(-seq // chunk)
-    queries, keys, values, decays, betas = (_chunks(x, chunks, chunk) for x in heads)
+    queries = _chunks(q.repeat(repeats, axis=2) * scale, chunks, chunk)
+    keys = _chunks(k.repeat(repeats, axis=2), chunks, chunk)
+    values, decays, betas = (_chunks(x, chunks, chunk) for x in (wide(v), log_decay[..., None], beta[..., None]))
 
     total = decays.cumsum(axis=-2)
     lower = np.tril(np.ones((chunk, chunk), bool))
@@ -197,4 +201,5 @@ def _torch_chunked(torch: Any, q: Any, k: Any, v: Any, log_decay: Any, beta: Any
 
 
 def _unit(x: Array) -> Array:
-    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+    norms: Array = np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+    return x / norms

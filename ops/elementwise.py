@@ -203,9 +203,10 @@ class Cast(Op):
 
     def infer(self, x: TensorType) -> TensorType:
         require(self.dtype in LONG_NAMES, f"cast to '{self.dtype}': the dtypes are {', '.join(LONG_NAMES)}")
-        source = x.plain_dtype
-        require(source.kind != "float" or LONG_NAMES[self.dtype].kind == "float", f"cast of {x} to {self.dtype} loses its fraction")
-        return x.with_dtype(LONG_NAMES[self.dtype])
+        target = LONG_NAMES[self.dtype]
+        whole = x.plain_dtype.kind != "float" or target.kind == "float"
+        require(whole, f"cast of {x} to {target} loses its fraction")
+        return x.with_dtype(target)
 
     def reference(self, x: Array) -> Array:
         return x.astype(dtype_named(self.dtype).numpy)
@@ -225,7 +226,8 @@ class Cast(Op):
 def _spread_last(name: str, type_: TensorType, whole_name: str, whole: TensorType) -> TensorType:
     """``whole``, if the other input has its type or a last axis of 1 instead of its own."""
     fits = type_.shape == whole.shape or (type_.rank == whole.rank > 0 and type_.shape == (*whole.shape[:-1], 1))
-    require(fits and type_.dtype == whole.dtype, f"{name} {type_} neither is like {whole_name} {whole} nor has 1 as its last axis")
+    fits = fits and type_.dtype == whole.dtype
+    require(fits, f"{name} {type_} neither is like {whole_name} {whole} nor has 1 as its last axis")
     return whole
 
 

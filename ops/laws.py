@@ -21,8 +21,9 @@ class Streaming:
 
 @dataclass(frozen=True)
 class PaddingIsNoOp:
-    """Positions put before the sequence, zero (or False) in the ``zero`` inputs and anything in the other ``sequence`` inputs,
-    change neither the outputs of the later positions nor a state of fixed size. ``starts_zero``: only when states start at zero."""
+    """Positions put before the sequence, zero (or False) in the ``zero`` inputs and anything in the other ``sequence``
+    inputs, change neither the outputs of the later positions nor a state of fixed size. ``prefix`` inputs get theirs
+    after the past. ``starts_zero``: the law holds only when the states start at zero."""
 
     sequence: tuple[str, ...]
     zero: tuple[str, ...]

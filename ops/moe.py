@@ -16,10 +16,10 @@ from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
 class RouterTopK(Op):
-    """p = softmax(logits) over all experts in float32; the k largest, largest first, ties to the lowest id; normalised to sum 1 if asked.
+    """The k largest of p = softmax(logits) over all experts, in float32; divided by their sum if asked; then rounded.
 
-    The order is that of the logits, so it does not depend on how the softmax is rounded. logits [batch, seq, E] give weights
-    [batch, seq, k] in their dtype and ids i32."""
+    Largest first, ties to the lowest id; the order is that of the logits, so it does not depend on how the softmax is
+    rounded. logits [batch, seq, E] give weights [batch, seq, k] in their dtype and ids i32."""
 
     name: ClassVar[str] = "router_topk"
     outputs: ClassVar[tuple[str, ...]] = ("weights", "ids")
@@ -32,7 +32,8 @@ class RouterTopK(Op):
         floating("logits", logits)
         axes = Axes()
         axes.bind("logits", logits, "batch seq experts")
-        require(1 <= self.k <= axes.number("experts"), f"k is {self.k}, but logits {logits} have {axes['experts']} experts")
+        experts = axes.number("experts")
+        require(1 <= self.k <= experts, f"k is {self.k}, but logits {logits} have {experts} experts")
         weights = logits.with_shape(axes["batch"], axes["seq"], self.k)
         return weights, weights.with_dtype(i32)
 
@@ -63,11 +64,12 @@ class RouterTopK(Op):
         logits = draw.normal(draw.integer(1, 3), draw.size(), experts).clip(-30, 30)
         if draw.choice(False, True):
             logits = np.round(logits * 2) / 2
-        return Case(cls(k=draw.choice(draw.integer(1, experts), experts), normalize=draw.choice(True, False)), (logits,))
+        k = draw.choice(draw.integer(1, experts), experts)
+        return Case(cls(k, normalize=draw.choice(True, False)), (logits,))
 
 
 class MoEExperts(Op):
-    """y = sum_j weights_j * down[e] swiglu(gate_up[e] x) with e = ids_j; each expert in the model dtype, the sum over j in float32.
+    """y = sum_j weights_j * down[e] swiglu(gate_up[e] x) with e = ids_j; in the model dtype, the sum in float32.
 
     x [batch, seq, H]; weights, ids [batch, seq, k]; gate_up [E, 2 I, H] (gate rows, then up rows); down [E, H, I]."""
 
@@ -85,8 +87,8 @@ class MoEExperts(Op):
         axes.bind("ids", ids, "batch seq k")
         axes.bind("down", down, "experts hidden intermediate")
         axes.bind("gate_up", gate_up, "experts 2*intermediate hidden")
-        twice = 2 * axes.number("intermediate")
-        require(axes["2*intermediate"] == twice, f"gate_up {gate_up} should have {twice} rows an expert, twice the last axis of down {down}")
+        fits = axes["2*intermediate"] == 2 * axes.number("intermediate")
+        require(fits, f"gate_up {gate_up} should have twice as many rows an expert as down {down} has columns")
         has_dtype("ids", ids, i32, "for expert ids")
         for name, type_ in (("weights", weights), ("gate_up", gate_up), ("down", down)):
             has_dtype(name, type_, dtype, "as x")
@@ -113,9 +115,7 @@ class MoEExperts(Op):
             y = y.index_add(0, row, (weights.flatten(0, 1)[row, rank, None] * result).to(y.dtype))
         return y.to(x.dtype).unflatten(0, x.shape[:2])
 
-    def cost(
-        self, x: TensorType, weights: TensorType, ids: TensorType, gate_up: TensorType, down: TensorType
-    ) -> Cost:
+    def cost(self, x: TensorType, weights: TensorType, ids: TensorType, gate_up: TensorType, down: TensorType) -> Cost:
         """FLOPs of the routed tokens; bytes of all experts, which is too many for a few tokens."""
         expert = 3 * down.shape[1] * down.shape[2]
         return Cost(2 * ids.elements() * expert, self.moved_bytes(x, weights, ids, gate_up, down))

@@ -14,10 +14,10 @@ from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
 class RMSNorm(Op):
-    """n = x / sqrt(mean(x^2) + eps) in float32; y = weight * cast(n), or cast(n * weight) with the float32 weight of ``one_plus``.
+    """n = x / sqrt(mean(x^2) + eps) in float32; y = weight * cast(n), or cast(n * weight) if ``zero_centred``.
 
-    ``zero_centred=False``: the weight has the dtype of x and multiplies after rounding (Qwen3). ``zero_centred=True``: the stored
-    weight was lifted by ``one_plus`` and multiplies in float32, before the one rounding (Qwen3-Next)."""
+    ``zero_centred=False``: the weight has the dtype of x and multiplies after rounding (Qwen3). ``zero_centred=True``:
+    the stored weight was lifted by ``one_plus`` and multiplies in float32, before the one rounding (Qwen3-Next)."""
 
     name: ClassVar[str] = "rms_norm"
     sharding: ClassVar[str] = "... d!, d! -> ... d!"
@@ -38,7 +38,8 @@ class RMSNorm(Op):
     def reference(self, x: Array, weight: Array) -> Array:
         f = wide(x)
         n = f / np.sqrt(np.mean(f * f, axis=-1, keepdims=True) + self.eps)
-        return (n * weight).astype(x.dtype) if self.zero_centred else weight * n.astype(x.dtype)
+        y: Array = (n * weight).astype(x.dtype) if self.zero_centred else weight * n.astype(x.dtype)
+        return y
 
     def torch(self, torch: Any, x: Any, weight: Any) -> Any:
         f = wide_tensor(torch, x)
@@ -98,7 +99,8 @@ class GatedRMSNorm(Op):
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         shape = (draw.size(), draw.size(5), draw.size(70))
-        return Case(cls(eps=draw.choice(1e-6, 1e-2)), (draw.normal(*shape), draw.normal(*shape), draw.normal(shape[-1])))
+        arrays = (draw.normal(*shape), draw.normal(*shape), draw.normal(shape[-1]))
+        return Case(cls(eps=draw.choice(1e-6, 1e-2)), arrays)
 
 
 class L2Norm(Op):
@@ -115,7 +117,8 @@ class L2Norm(Op):
 
     def reference(self, x: Array) -> Array:
         f = wide(x)
-        return f / np.sqrt(np.sum(f * f, axis=-1, keepdims=True) + self.eps)
+        length: Array = np.sqrt(np.sum(f * f, axis=-1, keepdims=True) + self.eps)
+        return f / length
 
     def torch(self, torch: Any, x: Any) -> Any:
         f = wide_tensor(torch, x)

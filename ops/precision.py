@@ -1,4 +1,7 @@
-"""Where precision changes: the wide dtype is float32, or float64 when the model runs in float64 (Qwen3-Next specification, section 15)."""
+"""Where precision changes: the wide dtype is float32, or float64 in a float64 model.
+
+Qwen3-Next specification, section 15.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,11 @@ def wide_tensor(torch: Any, tensor: Any) -> Any:
 
 def sigmoid(array: Array) -> Array:
     """1 / (1 + exp(-x)), computed wide and rounded once."""
-    return (1 / (1 + np.exp(-wide(array)))).astype(array.dtype)
+    rounded: Array = (1 / (1 + np.exp(-wide(array)))).astype(array.dtype)
+    return rounded
 
 
 def silu(array: Array) -> Array:
     """x / (1 + exp(-x)), computed wide and rounded once."""
-    return (wide(array) / (1 + np.exp(-wide(array)))).astype(array.dtype)
+    rounded: Array = (wide(array) / (1 + np.exp(-wide(array)))).astype(array.dtype)
+    return rounded

@@ -10,7 +10,6 @@ from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Draw, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import LONG_NAMES, QuantType, TensorType, dtype_named, f8_e4m3
-from deltaloom.ops.precision import wide_tensor
 
 
 class Dequantize(Op):
@@ -38,7 +37,8 @@ class Dequantize(Op):
         target = getattr(torch, self.dtype)
         computed = torch.float64 if target == torch.float64 else torch.float32
         rows, columns = weight.data.shape
-        scale = wide_tensor(torch, weight.scale).repeat_interleave(weight.block[0], 0).repeat_interleave(weight.block[1], 1)
+        scale = weight.scale.to(computed)
+        scale = scale.repeat_interleave(weight.block[0], 0).repeat_interleave(weight.block[1], 1)
         return (weight.data.to(computed) * scale[:rows, :columns]).to(target)
 
     @classmethod

@@ -14,9 +14,10 @@ from deltaloom.ops.signature import Axes, floating, has_dtype, integral
 
 
 class RotaryEmbedding(Op):
-    """cos and sin of angle = float32(position) * float32(inv_freq), rounded to float32; times ``magnitude``, cast to ``dtype``.
+    """cos and sin of angle = float32(position) * float32(inv_freq), rounded to float32; times ``magnitude``, cast.
 
-    positions [batch, seq] give cos, sin [batch, seq, len(inv_freq)]. Scalings such as YaRN are in ``inv_freq`` and ``magnitude``."""
+    positions [batch, seq] give cos, sin [batch, seq, len(inv_freq)] in ``dtype`` (a long name). Scalings such as YaRN
+    are in ``inv_freq`` and ``magnitude``."""
 
     name: ClassVar[str] = "rotary_embedding"
     outputs: ClassVar[tuple[str, ...]] = ("cos", "sin")
@@ -56,12 +57,13 @@ class RotaryEmbedding(Op):
     def cases(cls, draw: Draw) -> Case:
         inv_freq = tuple(float(10_000.0 ** (-j / 8)) for j in range(draw.integer(1, 8)))
         positions = draw.integers(0, draw.choice(100, 1_000_000), draw.integer(1, 3), draw.size())
-        op = cls(inv_freq, draw.choice("float32", "bfloat16", "float16", "float64"), draw.choice(1.0, 1.138629436111989))
+        dtype = draw.choice("float32", "bfloat16", "float16", "float64")
+        op = cls(inv_freq, dtype, draw.choice(1.0, 1.138629436111989))
         return Case(op, (positions.astype(draw.choice("int64", "int32")),))
 
 
 class Rope(Op):
-    """(x1 cos - x2 sin, x2 cos + x1 sin, rest) in the model dtype; x1, x2 are the halves of the first 2 * len(cos) elements.
+    """(x1 cos - x2 sin, x2 cos + x1 sin, rest), every step rounded to the model dtype; x1, x2 are the first two halves.
 
     x [batch, seq, heads, width]; cos, sin [batch, seq, half] with 2 * half <= width; element j pairs with j + half."""
 
@@ -77,7 +79,8 @@ class Rope(Op):
         axes.bind("sin", sin, "batch seq half")
         has_dtype("cos", cos, dtype, "as x")
         has_dtype("sin", sin, dtype, "as x")
-        require(2 * axes.number("half") <= axes.number("width"), f"cos {cos} rotates more elements than the last axis of x {x} has")
+        fits = 2 * axes.number("half") <= axes.number("width")
+        require(fits, f"cos {cos} rotates more elements than the last axis of x {x} has")
         return x
 
     def reference(self, x: Array, cos: Array, sin: Array) -> Array:

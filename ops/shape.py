@@ -21,10 +21,10 @@ class Reshape(Op):
     shape: tuple[int, ...]
 
     def infer(self, x: TensorType) -> TensorType:
-        x.plain_dtype  # noqa: B018
-        require(prod(x.static_shape()) == prod(self.shape), f"x {x} cannot be reshaped to {list(self.shape)}: other element counts")
+        fits = prod(x.static_shape()) == prod(self.shape)
+        require(fits, f"x {x} cannot be reshaped to {list(self.shape)}: other element counts")
         require(all(size > 0 for size in self.shape), f"reshape to {list(self.shape)}: every size must be at least 1")
-        return x.with_shape(*self.shape)
+        return TensorType(x.plain_dtype, self.shape)
 
     def reference(self, x: Array) -> Array:
         return x.reshape(self.shape)
@@ -45,8 +45,9 @@ class Unflatten(Op):
     sizes: tuple[int, ...]
 
     def infer(self, x: TensorType) -> TensorType:
-        require(x.rank > 0 and x.shape[-1] == prod(self.sizes), f"the last axis of x {x} is not {' x '.join(map(str, self.sizes))}")
-        require(all(size > 0 for size in self.sizes), f"unflatten into {list(self.sizes)}: every size must be at least 1")
+        fits = x.rank > 0 and x.shape[-1] == prod(self.sizes)
+        require(fits, f"the last axis of x {x} is not {' x '.join(map(str, self.sizes))}")
+        require(all(size > 0 for size in self.sizes), f"unflatten into {self.sizes}: every size must be at least 1")
         return TensorType(x.plain_dtype, (*x.shape[:-1], *self.sizes))
 
     def reference(self, x: Array) -> Array:
@@ -70,7 +71,8 @@ class Flatten(Op):
     def infer(self, x: TensorType) -> TensorType:
         require(1 <= self.axes <= x.rank, f"flatten merges the last {self.axes} axes, but x is {x}")
         kept, merged = x.shape[: x.rank - self.axes], x.shape[x.rank - self.axes :]
-        require(all(isinstance(dim, int) for dim in merged), f"flatten needs known sizes in the last {self.axes} axes of x {x}")
+        known = all(isinstance(dim, int) for dim in merged)
+        require(known, f"flatten needs known sizes in the last {self.axes} axes of x {x}")
         size: Dim = 1
         for dim in merged:
             size = size * dim
@@ -101,7 +103,7 @@ class Concat(Op):
         total: Dim = 0
         for position, x in enumerate(xs):
             fits = x.rank == first.rank and _without(x, axis) == _without(first, axis) and x.dtype == first.dtype
-            require(fits, f"input {position} of concat is {x}, which differs from input 0, {first}, not only along axis {axis}")
+            require(fits, f"input {position} of concat is {x}, but input 0 {first}: only axis {axis} may differ")
             total = total + x.shape[axis]
         return TensorType(first.plain_dtype, (*first.shape[:axis], total, *first.shape[axis + 1 :]))
 
@@ -180,7 +182,8 @@ class Transpose(Op):
     axes: tuple[int, ...]
 
     def infer(self, x: TensorType) -> TensorType:
-        require(sorted(self.axes) == list(range(x.rank)), f"axes {list(self.axes)} are not an order of the {x.rank} axes of x {x}")
+        fits = sorted(self.axes) == list(range(x.rank))
+        require(fits, f"axes {list(self.axes)} are not an order of the {x.rank} axes of x {x}")
         return TensorType(x.plain_dtype, tuple(x.shape[axis] for axis in self.axes))
 
     def reference(self, x: Array) -> Array:
@@ -214,7 +217,8 @@ class TakeLast(Op):
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:
-        return Case(cls(), (draw.normal(draw.integer(1, 3), draw.size(), *(draw.size(5) for _ in range(draw.integer(0, 2)))),))
+        rest = [draw.size(5) for _ in range(draw.integer(0, 2))]
+        return Case(cls(), (draw.normal(draw.integer(1, 3), draw.size(), *rest),))
 
 
 def _axis(axis: int, name: str, type_: TensorType) -> int:

@@ -14,8 +14,8 @@ class Axes:
         self._found: dict[str, tuple[tuple[Dim, ...], str]] = {}
 
     def bind(self, name: str, type_: TensorType, axes: str) -> None:
-        """Check the input ``name`` against ``axes``: ``"batch seq 3 heads"``; ``...`` once for any number of axes, a number for
-        an axis of that size. Raises ``GraphError``."""
+        """Check the input ``name`` against ``axes``, such as ``"batch seq 3 heads"``: a number is an axis of that size,
+        ``...`` (once) any number of axes. Raises ``GraphError``."""
         words = axes.split()
         free = type_.rank - (len(words) - 1)
         wanted = f"{name} {type_} should be [{', '.join(words)}]"

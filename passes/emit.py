@@ -140,14 +140,14 @@ def identifier(name: str) -> str:
     return f"{text}_" if keyword.iskeyword(text) or not text or text[0].isdigit() else text
 
 
-def _header(title: str, names: _Names, ctx: Context) -> list[str]:
-    lines = [f'"""Program {title}, emitted by deltaloom. It runs as it stands."""', ""]
+def _header(program: str, names: _Names, ctx: Context) -> list[str]:
+    lines = [f'"""Program {program}, emitted by deltaloom. It runs as it stands."""', ""]
     lines += ["import deltaloom.ops", "from deltaloom.backends import backend", "from deltaloom.graph.registry import ops"]
     lines += ["from deltaloom.passes.kernel import find_kernel", ""]
     used = sorted({key[0] for key in names.kernels} | {b.name for b in ctx.backends if b.name in names.values})
     lines += [f"{name} = backend({name!r}, device={ctx.backend(name).device!r})" for name in used]
-    for (owner, op, kernel), name in names.kernels.items():
-        lines.append(f"{name} = find_kernel({owner}, {op!r}, {kernel!r})")
+    for (owner, title, kernel), name in names.kernels.items():
+        lines.append(f"{name} = find_kernel({owner}, {title!r}, {kernel!r})")
     for op, name in names.ops.items():
         values = ", ".join(f"{key}={value!r}" for key, value in op.attributes().items())
         lines.append(f"{name} = ops.get({op.name!r})({values})")

@@ -1,4 +1,4 @@
-"""The chat template for checkpoints that bring none: ChatML with Hermes-style tools (Qwen3-Next specification, section 14)."""
+"""The chat template for checkpoints that bring none: ChatML with tools (Qwen3-Next specification, section 14)."""
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- set opening = '' %}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from deltaloom.graph.errors import RequestError, require
-from deltaloom.graph.ir import Graph
+from deltaloom.graph.ir import Graph, Value
 from deltaloom.graph.op import Array
 from deltaloom.passes.driver import Driver, Variant
 from deltaloom.passes.emit import Program, Signature
@@ -62,7 +62,7 @@ class Executor:
         if valid is not None:
             given["valid"] = valid
         home = self.ctx.backends[0]
-        arguments = [home.from_host(given[name]) for name in program.inputs]
+        arguments = [home.from_host(_as_typed(given[value.name], value)) for value in program.graph.inputs]
         append = state.append(count)
         state.broken = "a call on it failed or was interrupted half-way"
         results = program.run(*arguments, weights, state.fixed, append)
@@ -82,6 +82,11 @@ class Executor:
                 for instance in program.graph.instances()
             }
         return program, self._weights[variant]
+
+
+def _as_typed(array: Array, value: Value) -> Array:
+    """``array`` in the dtype that the graph input has."""
+    return array.astype(value.type.plain_dtype.numpy, copy=False)
 
 
 def _key(program: Program, graph: Graph) -> str:

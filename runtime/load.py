@@ -104,7 +104,7 @@ def check_coverage(shape: ModelConfig, graphs: ModelGraphs, checkpoint: Checkpoi
     def ignorable(name: str) -> bool:
         return shape.tie_word_embeddings and name == "lm_head.weight"
 
-    return coverage(expected, checkpoint.shapes(), ignorable=ignorable)
+    return coverage(expected, checkpoint.shapes(), ignorable)
 
 
 def check_stored(graphs: ModelGraphs, checkpoint: Checkpoint) -> None:

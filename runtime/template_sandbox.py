@@ -1,17 +1,12 @@
 """Jinja in a cage: a template from a checkpoint can neither reach Python nor use up time or memory.
 
-Jinja's own sandbox keeps templates away from Python's internals. What it leaves open is closed here: each pass of a loop, each
-macro and each call looks at the clock; every operator, method and filter that can make a large value out of small ones asks
-beforehand how large the result will be; and output is collected piece by piece under a cap.
+Jinja's own sandbox keeps templates away from Python's internals. What it leaves open is closed here: each pass of a
+loop, each macro and each call looks at the clock; every operator, method and filter that can make a large value out of
+small ones is asked beforehand how large its result will be; and output is collected piece by piece under a cap.
 """
 
-import json
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -19,39 +14,29 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from deltaloom.graph.errors import RequestError
+from deltaloom.runtime.template_filters import FILTERS, GLOBALS, REMOVED_FILTERS, REMOVED_GLOBALS
+from deltaloom.runtime.template_limits import (
+    Allowance,
+    LimitExceeded,
+    TemplateLimits,
+    allowance,
+    claim,
+    claim_bits,
+    claim_method,
+    claim_percent_format,
+    tick,
+    weight,
+)
 
-MAX_NUMBER_BITS = 4096
-MAX_PADDING = 1000
-PADDING_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs")
-FORMAT_METHODS = ("format", "format_map")
-
-
-@dataclass(frozen=True)
-class TemplateLimits:
-    """What one rendering may use: ``characters`` in any single value and in the output, ``seconds`` in all."""
-
-    characters: int = 16_000_000
-    seconds: float = 5.0
-
-
-class LimitExceeded(Exception):
-    """A template went beyond its limits; the message says which."""
-
-
-@dataclass(frozen=True)
-class _Allowance:
-    limits: TemplateLimits
-    deadline: float
-
-
-_allowance: ContextVar[_Allowance] = ContextVar("deltaloom_template_allowance")
+BLOCKED_METHODS = frozenset({"translate", "maketrans", "encode", "to_bytes", "from_bytes"})
 
 
 def render_template(source: str, variables: Mapping[str, object], limits: TemplateLimits) -> str:
     """The text that the Jinja template ``source`` makes of ``variables``. Raises RequestError for whatever goes wrong."""
-    token = _allowance.set(_Allowance(limits, time.monotonic() + limits.seconds))
+    token = allowance.set(Allowance(limits, time.monotonic() + limits.seconds))
     try:
         return _collect(_compiled(source).generate(dict(variables)), limits)
     except LimitExceeded as error:
@@ -61,21 +46,22 @@ def render_template(source: str, variables: Mapping[str, object], limits: Templa
     except jinja2.TemplateError as error:
         raise RequestError(f"the chat template refuses this conversation: {error}") from None
     except RecursionError:
-        raise RequestError("the chat template was stopped: it calls itself, or its values are nested, too deep") from None
+        message = "the chat template was stopped: it calls itself, or its values are nested, too deep"
+        raise RequestError(message) from None
     except MemoryError:
         raise RequestError("the chat template was stopped: it ran out of memory") from None
-    except Exception as error:  # a template can raise whatever its filters and operators raise
+    except Exception as error:  # filters and operators of a template can raise anything
         kind = type(error).__name__
         raise RequestError(f"the chat template cannot be applied to this conversation: {kind}: {error}") from None
     finally:
-        _allowance.reset(token)
+        allowance.reset(token)
 
 
 def _collect(pieces: Iterator[str], limits: TemplateLimits) -> str:
     collected: list[str] = []
     size = 0
     for piece in pieces:
-        _tick()
+        tick()
         size += len(piece)
         if size > limits.characters:
             raise LimitExceeded(f"its output is longer than {limits.characters} characters")
@@ -83,88 +69,116 @@ def _collect(pieces: Iterator[str], limits: TemplateLimits) -> str:
     return "".join(collected)
 
 
-def _tick() -> bool:
-    allowance = _allowance.get()
-    if time.monotonic() > allowance.deadline:
-        raise LimitExceeded(f"it took longer than {allowance.limits.seconds:g} seconds")
-    return True
-
-
-def _claim(size: int) -> None:
-    """Refuse a value of ``size`` characters or items that is larger than the limit."""
-    limit = _allowance.get().limits.characters
-    if size > limit:
-        raise LimitExceeded(f"a value in it would have more than {limit} characters or items")
-
-
-def _weight(value: object) -> int:
-    """About how many characters ``value`` has as text; looks no further than the limit."""
-    limit = _allowance.get().limits.characters
-    total, waiting = 0, [value]
-    while waiting and total <= limit:
-        entry = waiting.pop()
-        if isinstance(entry, str):
-            total += len(entry)
-        elif isinstance(entry, Mapping):
-            total += 2 + 4 * len(entry)
-            waiting.extend(entry.keys())
-            waiting.extend(entry.values())
-        elif isinstance(entry, list | tuple | set | frozenset):
-            total += 2 + 2 * len(entry)
-            waiting.extend(entry)
-        elif isinstance(entry, int):
-            total += 1 + entry.bit_length() // 3
-        else:
-            total += 8
-    return total
-
-
 class _CagedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox with a clock and with sizes asked for beforehand."""
+    """Jinja's sandbox with a clock and with sizes asked for beforehand."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_finalize)
-        for name in ("lipsum", "cycler", "joiner"):
+        for name in REMOVED_GLOBALS:
             self.globals.pop(name, None)
-        self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-        self.filters["tojson"] = _tojson
-        for name, claim in FILTER_CLAIMS.items():
-            self.filters[name] = _claiming(self.filters[name], claim)
+        for name in REMOVED_FILTERS:
+            self.filters.pop(name, None)
+        self.globals.update(GLOBALS)
+        self.filters.update(FILTERS)
 
     def tick(self) -> bool:
-        """Look at the clock; compiled templates call this."""
-        return _tick()
+        """Look at the clock; called from the loops and macros of every compiled template."""
+        return tick()
 
     def concatenate(self, *values: object) -> str:
         """The ``~`` operator."""
-        _claim(sum(map(_weight, values)))
+        claim(sum(map(weight, values)))
         return "".join(map(str, values))
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in BLOCKED_METHODS and super().is_safe_attribute(obj, attr, value)
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _tick()
+        tick()
         if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            _claim(len(left) + len(right))
+            claim(len(left) + len(right))
         elif operator == "*":
             _claim_product(left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _claim_bits(left.bit_length() * abs(right))
+            claim_bits(left.bit_length() * abs(right))
         elif operator == "%" and isinstance(left, str):
-            _claim_format(left, (right,))
+            claim_percent_format(left, right)
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
-        _tick()
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        tick()
+        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        wrapped = getattr(obj, "__wrapped__", None)  # the sandbox's own form of str.format
+        owner = getattr(wrapped, "__self__", None) if owner is None else owner
         if isinstance(owner, str):
-            _claim_method(owner, name, args, kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+            args = claim_method(owner, name, args, kwargs)
+        return super().call(context, obj, *args, **kwargs)
 
     def call_filter(self, *args: Any, **kwargs: Any) -> Any:
-        _tick()
+        tick()
         return super().call_filter(*args, **kwargs)
 
     def call_test(self, *args: Any, **kwargs: Any) -> Any:
-        _tick()
+        tick()
         return super().call_test(*args, **kwargs)
+
+
+def _finalize(value: object) -> object:
+    """Applied to each printed value: a nested list is measured before it is turned into text."""
+    if not isinstance(value, str | int | float):
+        claim(weight(value))
+    return value
+
+
+def _claim_product(left: object, right: object) -> None:
+    for value, times in ((left, right), (right, left)):
+        if isinstance(value, str | list | tuple) and isinstance(times, int):
+            claim(len(value) * max(times, 0))
+    if isinstance(left, int) and isinstance(right, int):
+        claim_bits(left.bit_length() + right.bit_length())
+
+
+class _ClockInserter(NodeTransformer):
+    """Puts a look at the clock into loops and macros, and sends ``~`` through `_CagedEnvironment.concatenate`."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, _tick_statement(node.lineno))
+        if node.test is not None:
+            node.test = nodes.And(_environment_call("tick", [], node.lineno), node.test, lineno=node.lineno)
+        return node
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, _tick_statement(node.lineno))
+        return node
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, _tick_statement(node.lineno))
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _environment_call("concatenate", node.nodes, node.lineno)
+
+
+def _environment_call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name, lineno=line), arguments, [], None, None, lineno=line)
+
+
+def _tick_statement(line: int) -> nodes.ExprStmt:
+    return nodes.ExprStmt(_environment_call("tick", [], line), lineno=line)
+
+
+@lru_cache(maxsize=32)
+def _compiled(source: str) -> jinja2.Template:
+    environment = _CagedEnvironment()
+    tree = environment.parse(source)
+    tree = _ClockInserter().visit(tree)
+    tree.set_environment(environment)
+    return environment.template_class.from_code(
+        environment, environment.compile(tree, filename="<chat template>"), environment.make_globals(None)
+    )

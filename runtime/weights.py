@@ -17,12 +17,12 @@ from deltaloom.graph.interpret import run_node
 from deltaloom.graph.op import Array
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import QuantType
+from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.passes.emit import WeightSlot
 from deltaloom.passes.kernel import Backend, Tensor
 
 VIEWS = frozenset({"reshape", "split", "transpose", "unflatten", "flatten"})
 """Ops whose reference only looks at its input in another way."""
-SCALE_SUFFIX = "_scale_inv"
 
 
 class TensorSource(Protocol):
@@ -109,8 +109,8 @@ class _Evaluation:
         if isinstance(value.type.dtype, QuantType):
             if value.kind != "param":
                 raise CheckpointError(f"%{value.name} is a computed quantised value; only stored ones can be dequantised at load")
-            name = self._prefix + value.name
-            return QuantizedArray(self._source.read(name), self._source.read(name + SCALE_SUFFIX))
+            name, block = self._prefix + value.name, value.type.dtype.block
+            return QuantizedArray(self._source.read(name), self._source.read(name + SCALE_SUFFIX), block)
         out = np.empty(value.type.static_shape(), value.type.plain_dtype.numpy)
         self.write(value, out)
         return out

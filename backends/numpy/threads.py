@@ -84,7 +84,7 @@ class Pool:
         if errors:
             raise errors[0]
 
-    def halves(self, length: int, *, unit: int = 1) -> list[slice]:
+    def parts(self, length: int, *, unit: int = 1) -> list[slice]:
         """``length`` in ``n`` nearly equal slices whose borders are multiples of ``unit``; fewer when it is short."""
         return slices(length, self.n, unit)
 

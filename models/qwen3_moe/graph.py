@@ -1,5 +1,5 @@
-"""Qwen3-MoE: Qwen3's attention, followed by experts without a shared one, or by a dense SwiGLU in the layers that the config
-names (Qwen3-Next specification, section 16)."""
+"""Qwen3-MoE: Qwen3's attention, followed by experts without a shared one, or by a dense SwiGLU in the layers that the
+config names (Qwen3-Next specification, section 16)."""
 
 from collections.abc import Collection
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.ir import Graph, Value
-from deltaloom.graph.types import DType, f32
+from deltaloom.graph.types import DType
 from deltaloom.models.config import ModelConfig
 from deltaloom.models.decoder import LayerForm, decoder, layer_bodies, layer_forms
 from deltaloom.models.families import LINEAR
@@ -27,6 +27,7 @@ from deltaloom.models.layers import (
     valid_input,
     zero_centred_norm,
 )
+from deltaloom.ops.precision import wide_dtype
 
 
 def model(config: ModelConfig, dtype: DType, names: Collection[str] | None) -> Graph:
@@ -59,13 +60,13 @@ def layer(config: ModelConfig, form: LayerForm, dtype: DType, name: str) -> Grap
 
 def gated_delta_net(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, valid: Value) -> Value:
     """The linear mixer (specification, section 5), x [b, s, H] -> [b, s, H]. Per sequence it keeps ``conv``, the last
-    K - 1 columns before the convolution, and ``delta``, one float32 matrix [dk, dv] a value head."""
+    K - 1 columns before the convolution, and ``delta``, one matrix [dk, dv] a value head, float32 (float64 if the model is)."""
     key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
     dk, dv, taps = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
     key_width, value_width = key_heads * dk, value_heads * dv
     channels = 2 * key_width + value_width
     conv = g.state("conv", g.dtype[BATCH, channels, taps - 1])
-    delta = g.state("delta", f32[BATCH, value_heads, dk, dv])
+    delta = g.state("delta", wide_dtype(g.dtype)[BATCH, value_heads, dk, dv])
 
     x = g.mask_padding(x, valid, name="masked")
     qkvz_weight, ba_weight = in_projections(g, config, stored)
@@ -89,8 +90,8 @@ def gated_delta_net(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Val
 
 
 def in_projections(g: GraphBuilder, config: ModelConfig, stored: Stored) -> tuple[Value, Value]:
-    """The DeltaNet's input matrices with rows ``[q | k | v | z]`` and ``[b | a]``. They are stored in one group a key head,
-    each with the rows of that head and of its value heads (specification, section 5.1)."""
+    """The DeltaNet's input matrices with rows ``[q | k | v | z]`` and ``[b | a]``. They are stored in one group a key
+    head, each with the rows of that head and of its value heads (specification, section 5.1)."""
     key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
     ratio = value_heads // key_heads
     dk, dv = config.linear_key_head_dim, ratio * config.linear_value_head_dim
@@ -105,8 +106,8 @@ def in_projections(g: GraphBuilder, config: ModelConfig, stored: Stored) -> tupl
 def gated_attention(
     g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, cos: Value, sin: Value, valid: Value
 ) -> Value:
-    """The attention mixer (specification, section 6), x [b, s, H] -> [b, s, H]: grouped heads, q and k normed before they
-    are rotated, an output gate of the size of q. ``key`` and ``value`` cache normed, rotated keys and plain values."""
+    """The attention mixer (specification, section 6), x [b, s, H] -> [b, s, H]: grouped heads, q and k normed before
+    they are rotated, an output gate of the size of q. The caches hold normed, rotated keys and plain values."""
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     query_width, kv_width = heads * size, kv_heads * size
     q, gate = g.split(query_and_gate(g, config, stored, x), sizes=(query_width, query_width), name="q_gate")
@@ -121,8 +122,8 @@ def gated_attention(
 
 
 def query_and_gate(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value) -> Value:
-    """All heads' queries, then all their gates: [b, s, 2 * nq * D]. ``q_proj`` is stored head by head, each with its query
-    rows before its gate rows; so is its bias."""
+    """All heads' queries, then all their gates: [b, s, 2 * nq * D]. ``q_proj`` is stored head by head, each with its
+    query rows before its gate rows; so is its bias."""
     heads, size = config.num_attention_heads, config.head_dim
     weight = matrix(g, stored, "q_proj", heads * 2 * size, config.hidden_size)
     operands = [regroup_rows(g, weight, heads, (size, size), "q_proj")]

@@ -15,8 +15,8 @@ from deltaloom.models.qwen3_next.graph import layer
 def mtp_head(config: ModelConfig, dtype: DType, names: Collection[str] | None) -> Graph | None:
     """The head, or None if there is none: ``names`` has no ``mtp.*``, or, without names, the config announces none.
 
-    Inputs: ``next_ids`` [b, s], the token after each position; ``hidden`` [b, s, H], the main model's ``final_norm`` there
-    (for a further draft, this head's own ``hidden``); ``positions`` [b, s] of the hidden states; ``valid``.
+    Inputs: ``next_ids`` [b, s], the token after each position; ``hidden`` [b, s, H], the main model's ``final_norm``
+    there (for a further draft, this head's own ``hidden``); ``positions`` [b, s] of the hidden states; ``valid``.
     Outputs: ``logits`` [b, s, V] and ``hidden`` [b, s, H] after ``mtp.norm``, both also of the last position only
     (``last_...`` [b, 1, ...]); ``fc_out`` and ``layer_out`` [b, s, H] before and after the layer.
     """

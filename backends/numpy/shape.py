@@ -1,0 +1,44 @@
+"""Ops that move data: views where a view will do."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import numpy as np
+
+from deltaloom.backends.numpy.table import table
+from deltaloom.graph.op import Array, Op
+from deltaloom.graph.types import i32, i64
+from deltaloom.passes.kernel import dtype_in
+
+
+class _Split(Protocol):
+    sizes: tuple[int, ...]
+    axis: int
+
+
+@table.kernel("split")
+def split(op: Op, x: Array) -> tuple[Array, ...]:
+    """Slices are views; ``np.split`` takes 3 us more."""
+    sizes, axis = cast(_Split, op).sizes, cast(_Split, op).axis
+    before = (slice(None),) * (axis if axis >= 0 else x.ndim + axis)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(x[(*before, slice(start, start + size))])
+        start += size
+    return tuple(parts)
+
+
+@table.kernel("embedding", when=(dtype_in("ids", i32, i64),))
+def embedding(op: Op, ids: Array, weight: Array) -> Array:
+    """``take`` copies rows without the machinery of fancy indexing."""
+    return weight.take(ids, axis=0)
+
+
+@table.kernel("mask_padding")
+def mask_padding(op: Op, x: Array, valid: Array) -> Array:
+    """Without padding, the input itself."""
+    own = valid[:, valid.shape[1] - x.shape[1] :]
+    if own.all():
+        return x
+    return np.where(own.reshape(*own.shape, *(1,) * (x.ndim - 2)), x, np.zeros((), x.dtype))
