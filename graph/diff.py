@@ -11,15 +11,15 @@ from deltaloom.graph.text import declaration, state_line, statement, word
 
 @dataclass(frozen=True)
 class _Entry:
-    """One line of a graph: its text, and the scope it is told with."""
+    """One line of a graph: its text, and the scope of a node."""
 
     text: str
     scope: str = ""
 
 
 def diff(before: Graph, after: Graph) -> str:
-    """A readable difference: ``-`` gone, ``+`` new, ``~`` a node in both whose line differs, by graph and region, with the
-    numbers of each. Lines are compared without builder's lines and origins. "" where nothing differs."""
+    """A readable difference, by graph and region: ``-`` gone, ``+`` new, ``~`` in both with a line that differs, and the
+    numbers of each. The builder's lines and origins do not count. "" where nothing differs."""
     blocks = []
     bodies_before, bodies_after = dict(_bodies(before, "")), dict(_bodies(after, ""))
     for title in dict.fromkeys([*bodies_before, *bodies_after]):

@@ -20,8 +20,8 @@ class Path:
 
 
 def to_networkx(graph: Graph) -> nx.DiGraph:
-    """The top level or a region as a directed graph. Vertices are named by node (``%x``, its first output), input (``%x``),
-    parameter (``@x``) and state (``$x``); each has ``kind``, ``op`` (the op with its attributes, "" for what is declared)
+    """The top level or a region as a directed graph. Vertices are named by node (``%x``, its first output), input
+    (``%x``), parameter (``@x``) and state (``$x``); each has ``kind``, ``op`` (with attributes; "" for what is declared)
     and ``types`` (printed). Edges go from maker to user and have ``values``, the names that flow."""
     network = nx.DiGraph(name=graph.name)
     declared = [*graph.inputs, *graph.params, *(state.value for state in graph.states)]
@@ -51,8 +51,8 @@ def is_convex(graph: Graph, nodes: Iterable[Node]) -> bool:
 
 
 def isomorphic_layers(graph: Graph) -> list[tuple[str, ...]]:
-    """The scopes of ``graph`` whose nodes compute the same on other values: groups of at least two scopes, in order of use.
-    Two scopes are alike if a mapping of their nodes keeps op, attributes, types and the order of inputs."""
+    """The scopes of ``graph`` whose nodes compute the same on other values: groups of two or more, in order of use. Two
+    scopes are alike if a mapping of their nodes keeps op, attributes, types and the order of inputs."""
     bodies: dict[str, list[Node]] = {}
     for node in graph.nodes:
         bodies.setdefault(node.scope, []).append(node)
@@ -69,15 +69,13 @@ def isomorphic_layers(graph: Graph) -> list[tuple[str, ...]]:
 
 
 def critical_path(graph: Graph, cost: Callable[[Node], float]) -> Path:
-    """The chain of dependent nodes whose costs add up to the most: no number of workers is faster. ``cost`` is not negative."""
+    """The chain of dependent nodes whose costs, not negative, add up to the most: no number of workers is faster."""
     network = to_networkx(graph)
     network.remove_nodes_from([vertex for vertex, kind in network.nodes(data="kind") if kind != "node"])
     costs = {str(node.outputs[0]): float(cost(node)) for node in graph.nodes}
     for vertex, value in costs.items():
         if not value >= 0:
             raise GraphError(f"the cost of {vertex} is {value}, expected a number that is not negative")
-    for source, target in network.edges:
-        network.edges[source, target]["weight"] = costs[target]
     best: dict[str, tuple[float, str | None]] = {}
     for vertex in nx.lexicographical_topological_sort(network):
         before = [(best[p][0], p) for p in network.predecessors(vertex)]
@@ -117,7 +115,8 @@ def _body(graph: Graph, nodes: list[Node]) -> nx.DiGraph:
         for position, value in enumerate(node.inputs):
             source, index = inner.get(str(value), (f"outside {value}", 0))
             if str(value) not in inner:
-                body.add_node(source, label=f"{value.kind in ('param', 'state') and value.kind or 'value'} {value.type}")
+                kind = value.kind if value.kind in ("param", "state") else "value"
+                body.add_node(source, label=f"{kind} {value.type}")
             ports = body.edges.get((source, node.name), {}).get("label", ())
             body.add_edge(source, node.name, label=(*ports, (index, position)))
     return body

@@ -1,4 +1,4 @@
-"""The base of every op: a frozen dataclass whose fields are the attributes and whose methods are the rules (design: ``docs/design.md``).
+"""The base of every op: a frozen dataclass whose fields are the attributes and whose methods are the rules.
 
 Every rule has the form ``(self, toolbox, *inputs)``. ``infer`` and ``reference`` are needed; an absent optional rule is None
 on the class, so that ``op.torch is None`` reads "there is no torch rule".

@@ -38,8 +38,8 @@ def fingerprint(graph: Graph) -> str:
 
 
 def from_json(text: str, *, registry: OpRegistry = ops) -> Graph:
-    """The graph that ``to_json`` wrote, verified. Raises ``GraphError`` for what is no such text, a newer format and ops
-    of another version."""
+    """The graph that ``to_json`` wrote, verified. Raises ``GraphError`` for what is no such text, a newer format and
+    ops of another version."""
     try:
         document = json.loads(text)
     except ValueError as error:

@@ -16,7 +16,7 @@ from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
 class CausalConv1d(Op):
-    """y[t, c] = sum_j weight[c, 0, j] * u[t + j] over u = state ++ x, in float32, rounded; then silu, if asked, rounded.
+    """y[t, c] = sum_j weight[c, 0, j] * u[t + j] of u = state ++ x, in float32, rounded; then silu, if asked, rounded.
 
     The last tap multiplies the current position. ``state`` holds the last K - 1 columns of x, oldest first."""
 

@@ -33,19 +33,20 @@ class Assign(Pass):
 
     def region(self, graph: Graph, ctx: Context) -> Graph:
         while unplaced := [n for n in graph.nodes if n.placement is None and not isinstance(n.op, Call)]:
-            placed: dict[str, Node] = {}
+            placed: dict[str, Placement] = {}
             rewriter = Rewriter(graph)
             descended = False
             for node in unplaced:
                 choice = self._place(node, graph.name, ctx)
                 if choice is not None:
-                    placed[node.name] = replace(node, placement=choice)
+                    placed[node.name] = choice
                 else:
                     _descend(rewriter, node)
                     descended = True
             if descended:
                 graph = rewriter.result(after=self.name)
-            graph = replace(graph, nodes=tuple(placed.get(node.name, node) for node in graph.nodes))
+            nodes = (replace(n, placement=placed[n.name]) if n.name in placed else n for n in graph.nodes)
+            graph = replace(graph, nodes=tuple(nodes))
         return graph
 
     def _place(self, node: Node, graph_name: str, ctx: Context) -> Placement | None:

@@ -1,13 +1,14 @@
 """Emit: placed graphs become straight-line Python that a person can read, paste into a file and step through.
 
-Every region is one function ``region(inputs…, weights, fixed, append) -> (outputs, new fixed states)``; the top level is one more that
-takes ``weights``, ``fixed`` and ``append`` as dictionaries by call prefix and leaves new fixed states in ``fixed``. Runs of nodes for a
-backend that compiles (``torch.compile``) become functions of their own, which that backend finishes.
+Every region is one function ``region(inputs…, weights, fixed, append) -> (outputs, new fixed states)``; the top level is one more
+that takes ``weights``, ``fixed`` and ``append`` as dictionaries by call prefix and leaves new fixed states in ``fixed``. Runs of
+nodes for a backend that compiles (``torch.compile``) become functions of their own, which that backend finishes.
 """
 
 from __future__ import annotations
 
 import keyword
+import linecache
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,14 +73,22 @@ def emit(graph: Graph, ctx: Context, title: str) -> Program:
     for name, region in graph.regions.items():
         bodies += _function(region, signatures[name], signatures, names, finished, ctx, top=False)
     bodies += _function(graph, signatures[""], signatures, names, finished, ctx, top=True)
-    source = "\n".join([*_header(f"{graph.name}, {title}", names, ctx), *bodies])
-    space: dict[str, Any] = dict(names.values)
-    exec(compile(source, f"<deltaloom {graph.name} {title}>", "exec"), space)  # noqa: S102 - our own emitted source
+    header = _header(f"{graph.name}, {title}", names, ctx)
+    source = "\n".join([*header, *bodies])
+    space = _execute(bodies, names, f"<deltaloom {graph.name} {title}>", source, skip=len(header))
     for function, backend in finished:
         space[function] = ctx.backend(backend).finish(space[function], function)
     run = space[names.function(graph.name)]
     outputs = tuple(name for name, _ in graph.outputs)
     return Program(graph, source, run, tuple(v.name for v in graph.inputs), outputs, signatures)
+
+
+def _execute(bodies: Sequence[str], names: _Names, file: str, source: str, *, skip: int) -> dict[str, Any]:
+    """Define the functions over the very objects that the header would look up; tracebacks and debuggers show ``source``."""
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    space: dict[str, Any] = dict(names.values)
+    exec(compile("\n" * skip + "\n".join(bodies), file, "exec"), space)
+    return space
 
 
 def signature(graph: Graph, ctx: Context) -> Signature:
@@ -94,7 +103,8 @@ def signature(graph: Graph, ctx: Context) -> Signature:
             if value.kind == "param":
                 weights.setdefault(WeightSlot(value, node.placement.backend, layouts.get(position, ())))
             elif value.kind == "state" and owners.setdefault(value, node.placement.backend) != node.placement.backend:
-                raise CompileError(f"state {value} is used on {owners[value]} and on {node.placement.backend}; give one backend both ops")
+                both = f"{owners[value]} and on {node.placement.backend}"
+                raise CompileError(f"state {value} is used on {both}; give one backend both ops")
     home = ctx.backends[0].name
     slots = [StateSlot(s.name, s.value.type, owners.get(s.value, home), s.append_axis) for s in graph.states]
     fixed = tuple(slot for slot in slots if slot.append_axis is None)
@@ -160,23 +170,28 @@ class _Body:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.local: dict[Value, str] = {}
+        self._weights: dict[WeightSlot, str] = {}
         self._taken: set[str] = {"weights", "fixed", "append"}
 
     def name(self, value: Value) -> str:
-        """The Python name of a value; its last scope parts keep it short and readable."""
+        """The Python name of a value, after the value's own."""
         if value not in self.local:
-            base = identifier(value.name)
-            candidate, count = base, 1
-            while candidate in self._taken:
-                count += 1
-                candidate = f"{base}_{count}"
-            self._taken.add(candidate)
-            self.local[value] = candidate
+            self.local[value] = self._unique(identifier(value.name))
         return self.local[value]
 
     def weight(self, slot: WeightSlot) -> str:
-        stored = "".join(map(str, slot.axes))
-        return self.name(Value(f"w_{slot.value.name}_{slot.backend}{stored}", slot.value.type, "param"))
+        """The Python name of a weight in one layout on one backend."""
+        if slot not in self._weights:
+            self._weights[slot] = self._unique(identifier(f"w_{slot.value.name}"))
+        return self._weights[slot]
+
+    def _unique(self, base: str) -> str:
+        candidate, count = base, 1
+        while candidate in self._taken:
+            count += 1
+            candidate = f"{base}_{count}"
+        self._taken.add(candidate)
+        return candidate
 
     def add(self, line: str) -> None:
         self.lines.append(f"    {line}")
@@ -212,7 +227,7 @@ def _function(
         for node in nodes:
             if node.scope != scope:
                 scope = node.scope
-                body.add(f"# {scope}")
+                body.add(f"# {scope or graph.name}")
             _node(body, node, graph, signatures, names, ctx)
     updates = dict(graph.updates)
     new_fixed = [body.name(updates[slot.name]) for slot in signature.fixed]

@@ -1,7 +1,7 @@
 """What a backend offers and what the compiler asks of it: the ``Kernel`` and ``Backend`` protocols.
 
-Calling convention of kernels. ``run(op, *inputs)`` gets the op (for its attributes) and the backend's own tensors in the order of the
-op's inputs. A fixed state may be overwritten in place; its new value is returned in any case. An append state (``op.appends``)
+Calling convention of kernels. ``run(op, *inputs)`` gets the op (for its attributes) and the backend's own tensors in the order
+of the op's inputs. A fixed state may be overwritten in place; its new value is returned in any case. An append state (``op.appends``)
 comes as ``Appended``: the kernel writes its new entries in place behind ``length`` and does **not** return that output.
 A weight comes in the axis order that the registration ``wants``.
 """

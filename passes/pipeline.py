@@ -77,7 +77,8 @@ class Compiled:
 def run_pipeline(
     graph: Graph, passes: Sequence[Pass], ctx: Context, *, properties: frozenset[str] = frozenset(), title: str = "shared"
 ) -> Compiled:
-    """Run ``passes`` in order; ``title`` names the program in dumps. Raises ``CompileError`` for an order whose ``requires`` are not met, before running any pass."""
+    """Run ``passes`` in order; ``title`` names the program in dumps. Raises ``CompileError`` for an order whose ``requires`` are
+    not met, before running any pass."""
     check_order(passes, properties)
     ledger = []
     verify(graph, after="the model's layer graph")
@@ -108,7 +109,8 @@ def check_order(passes: Sequence[Pass], properties: frozenset[str]) -> None:
             ran = ", ".join(p.name for p in passes[:position]) or "none"
             makers = [p.name for p in passes if missing[0] in p.establishes]
             hint = f"; run {makers[0]} before it" if makers else ""
-            raise CompileError(f"pass '{step.name}' requires '{missing[0]}', which no earlier pass establishes (ran: {ran}){hint}")
+            found = f"pass '{step.name}' requires '{missing[0]}', which no earlier pass establishes (ran: {ran})"
+            raise CompileError(found + hint)
         known.update(step.establishes)
 
 

@@ -25,7 +25,7 @@ class Transfers(Pass):
 
     def region(self, graph: Graph, ctx: Context) -> Graph:
         home = ctx.backends[0].name
-        where: dict[Value, str] = {value: home for value in graph.inputs}
+        where: dict[Value, str] = dict.fromkeys(graph.inputs, home)
         copies: dict[tuple[Value, str], Value] = {}
         nodes: list[Node] = []
 
@@ -45,7 +45,7 @@ class Transfers(Pass):
         for node in graph.nodes:
             backend = home if isinstance(node.op, Call) or node.placement is None else node.placement.backend
             nodes.append(replace(node, inputs=tuple(fetch(value, backend, node) for value in node.inputs)))
-            where.update({value: backend for value in node.outputs})
+            where.update(dict.fromkeys(node.outputs, backend))
         outputs = tuple((name, fetch(value, home, graph.nodes[-1])) for name, value in graph.outputs)
         return replace(graph, nodes=tuple(nodes), outputs=outputs)
 

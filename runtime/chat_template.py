@@ -1,12 +1,14 @@
 """A conversation to the prompt that the model was trained on: checked messages, the chat template, token ids.
 
-Text in messages never becomes a control token: ``<|im_end|>`` typed by a user is encoded as ordinary text. To know which
-characters come from the request, texts in which a control token could begin or end are rendered with private-use
+Text in messages never becomes a control token: ``<|im_end|>`` typed by a user is encoded as ordinary text. To know
+which characters come from the request, texts in which a control token could begin or end are rendered with private-use
 characters in its place; the control tokens that are found around these are the template's own.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from deltaloom.graph.errors import RequestError
 from deltaloom.runtime.default_template import DEFAULT_CHAT_TEMPLATE
@@ -21,6 +23,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 MAX_NESTING = 200
 NO_KWARGS: Mapping[str, object] = {}
+DEFAULT_LIMITS = TemplateLimits()
 
 
 def render(
@@ -30,7 +33,7 @@ def render(
     *,
     add_generation_prompt: bool,
     template_kwargs: Mapping[str, object] = NO_KWARGS,
-    limits: TemplateLimits = TemplateLimits(),
+    limits: TemplateLimits = DEFAULT_LIMITS,
 ) -> str:
     """The prompt text of a conversation, exactly as the reference renders it.
 
@@ -60,7 +63,7 @@ def encode_chat(
     template: str | None = None,
     template_kwargs: Mapping[str, object] = NO_KWARGS,
     reference_behaviour: bool = False,
-    limits: TemplateLimits = TemplateLimits(),
+    limits: TemplateLimits = DEFAULT_LIMITS,
 ) -> list[int]:
     """Token ids of a conversation's prompt; ``template`` None: the tokenizer's, else the default one.
 
@@ -71,22 +74,20 @@ def encode_chat(
     """
     template = tokenizer.chat_template if template is None else template
     check_messages(messages, tools)
-    given = (list(messages), list(tools or ()), {**tokenizer.named_tokens, **template_kwargs})
+    protection = None
     if not reference_behaviour:
-        given = (plain_messages(messages), *given[1:])
-    protection = None if reference_behaviour else _Protection.of(tokenizer, given[0], given[1], template_kwargs)
+        messages = plain_messages(messages)
+        protection = _Protection.of(tokenizer, messages, tools or (), template_kwargs)
     if protection is not None:
-        given = (
-            [protection.hide_in_object(message) for message in given[0]],
-            [protection.hide_in_object(tool) for tool in given[1]],
-            {**tokenizer.named_tokens, **protection.hide_in_object(template_kwargs)},
-        )
+        messages = [protection.hide_in_object(message) for message in messages]
+        tools = [protection.hide_in_object(tool) for tool in tools or ()]
+        template_kwargs = protection.hide_in_object(template_kwargs)
     text = render(
-        given[0],
-        given[1],
+        messages,
+        tools,
         template,
         add_generation_prompt=add_generation_prompt,
-        template_kwargs=given[2],
+        template_kwargs={**tokenizer.named_tokens, **template_kwargs},
         limits=limits,
     )
     return tokenizer.encode(text) if protection is None else protection.encode(tokenizer, text)
@@ -96,10 +97,13 @@ def plain_messages(messages: Sequence[Message]) -> list[Message]:
     """Messages with text parts joined by line feeds, and developer messages as system messages: what templates know."""
     plain: list[Message] = []
     for message in messages:
-        content, role = message.get("content"), message["role"]
+        changed = dict(message)
+        if message["role"] == "developer":
+            changed["role"] = "system"
+        content = message.get("content")
         if isinstance(content, list | tuple):
-            content = "\n".join(str(part["text"]) for part in content)
-        plain.append({**message, "role": "system" if role == "developer" else role, "content": content})
+            changed["content"] = "\n".join(str(part["text"]) for part in content)
+        plain.append(changed)
     return plain
 
 
@@ -164,25 +168,29 @@ def _shown(value: object) -> str:
 class _Protection:
     """Stand-ins for the parts of a request's texts that could make up control tokens."""
 
-    def __init__(self, stand_ins: Mapping[str, str], pattern: re.Pattern[str]) -> None:
+    def __init__(self, patterns: "_SuspiciousText", stand_ins: Mapping[str, str]) -> None:
+        self._patterns = patterns
         self._stand_ins = stand_ins
-        self._pattern = pattern
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, *values: object) -> "_Protection | None":
         """Protection for all strings in ``values``, None where none of them could make up a control token."""
-        pattern = _suspicious_pattern(tokenizer)
+        patterns = _SuspiciousText.of(tuple(sorted(tokenizer.added_tokens)))
         texts = list(_strings(values, MAX_NESTING))
-        fragments = sorted({found for text in texts for found in pattern.findall(text)})
+        fragments = sorted({text[start:stop] for text in texts for start, stop in patterns.spans(text)})
         if not fragments:
             return None
         used = {char for text in texts for char in text if ord(char) >= PRIVATE_USE.start}
         free: Iterator[str] = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        return cls(dict(zip(fragments, free)), pattern)
+        return cls(patterns, dict(zip(fragments, free)))
 
     def hide(self, text: str) -> str:
         """``text`` with stand-ins."""
-        return self._pattern.sub(lambda found: self._stand_ins[found[0]], text)
+        hidden, end = [], 0
+        for start, stop in self._patterns.spans(text):
+            hidden += [text[end:start], self._stand_ins[text[start:stop]]]
+            end = stop
+        return "".join([*hidden, text[end:]])
 
     def hide_in_object(self, value: Mapping[str, object]) -> dict[str, object]:
         """``value`` with stand-ins in all its strings."""
@@ -213,23 +221,45 @@ class _Protection:
         return ids + tokenizer.encode("".join(plain), allow_special=False)
 
 
-def _suspicious_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Whole control tokens anywhere; at the start of a string their ends, at its end their beginnings.
+@dataclass(frozen=True)
+class _SuspiciousText:
+    """Finds whole control tokens anywhere in a string, their ends at its start and their beginnings at its end.
 
-    The latter could become whole by what the template puts beside them.
+    The latter two could become whole by what the template puts beside the string.
     """
-    tokens = sorted(tokenizer.added_tokens, key=len, reverse=True)
-    tails = {token[cut:] for token in tokens for cut in range(1, len(token))}
-    heads = {token[:cut] for token in tokens for cut in range(1, len(token))}
-    return re.compile(
-        "|".join(
-            [
-                *map(re.escape, tokens),
-                *(r"\A" + re.escape(tail) for tail in sorted(tails, key=lambda tail: (-len(tail), tail))),
-                *(re.escape(head) + r"\Z" for head in sorted(heads, key=lambda head: (-len(head), head))),
-            ]
+
+    whole: re.Pattern[str]
+    tail: re.Pattern[str]
+    head: re.Pattern[str]
+    longest: int
+
+    @classmethod
+    @lru_cache(maxsize=8)
+    def of(cls, tokens: tuple[str, ...]) -> "_SuspiciousText":
+        """The patterns for the control tokens ``tokens``."""
+        tails = {token[cut:] for token in tokens for cut in range(1, len(token))}
+        heads = {token[:cut] for token in tokens for cut in range(1, len(token))}
+        return cls(
+            whole=re.compile(_any_of(tokens)),
+            tail=re.compile(_any_of(tails)),
+            head=re.compile(f"(?:{_any_of(heads)})\\Z"),
+            longest=max(map(len, tokens), default=0),
         )
-    )
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the suspicious parts of ``text`` are: (first character, character after the last), in order."""
+        found = [match.span() for match in self.whole.finditer(text)]
+        tail = self.tail.match(text)
+        if tail and (not found or tail.end() <= found[0][0]):
+            found.insert(0, tail.span())
+        head = self.head.search(text, max(len(text) - self.longest, found[-1][1] if found else 0))
+        return [*found, head.span()] if head else found
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern for one of ``texts``, the longest that fits; nothing fits where there are none."""
+    ordered = sorted(texts, key=lambda text: (-len(text), text))
+    return "|".join(map(re.escape, ordered)) if ordered else r"(?!)"
 
 
 def _json_escape(char: str) -> str:

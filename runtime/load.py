@@ -65,12 +65,12 @@ def load(
 
 
 def build_graph(model: ModelReference, *, dtype: str = "float32", hf_overrides: Mapping[str, object] | None = None) -> ModelGraphs:
-    """The layer graphs of a model from its config.json alone; no weight is read. ``model``: a folder, config file or bundled name."""
+    """The layer graphs of a model from its config.json alone, without weights. ``model``: a folder, config file or bundled name."""
     path = model if str(model).endswith(".json") else model_folder(model)
     return build_family(read_config(path, hf_overrides), dtype=dtype_named(dtype))
 
 
-def compile(graph: Graph, config: CompileConfig | None = None) -> Driver:  # noqa: A001 - the field's word
+def compile(graph: Graph, config: CompileConfig | None = None) -> Driver:
     """The programs of a layer graph: ``compile(graph).program(Variant(decode=True, padded=False, outputs=("logits",)))``."""
     options = config or CompileConfig()
     names = tuple(name for name, _ in graph.outputs)

@@ -60,14 +60,14 @@ class Model:
     ) -> Output:
         """Run ``n >= 1`` tokens a row and continue ``state`` (a new one if None).
 
-        ``token_ids`` ``[batch, n]`` (or one row ``[n]``); ``attention_mask`` 0/1 ``[batch, n]`` or ``[batch, all so far]``, 0 for padding
-        on the left. ``final_norm`` is given with hidden states unless ``output_final_norm`` says otherwise. Long inputs run in chunks
-        of ``prefill_chunk`` tokens. Raises ``RequestError`` for ids outside the vocabulary, a wrong shape, or too many tokens.
+        ``token_ids`` ``[batch, n]`` (or one row ``[n]``); ``attention_mask`` 0/1 ``[batch, n]`` or ``[batch, all so far]``, 0 for
+        padding on the left. ``final_norm`` is given with hidden states unless ``output_final_norm`` says otherwise. Long inputs run
+        in chunks of ``prefill_chunk`` tokens. Raises ``RequestError`` for ids outside the vocabulary, a wrong shape, or too many tokens.
         """
         ids = self._ids(token_ids, state)
         state = state or self.new_state(ids.shape[0])
         valid = _new_valid(attention_mask, state, ids.shape)
-        total = state.length + ids.shape[1]
+        total = _longest_row(state, valid, ids.shape[1])
         require(
             total <= self.max_model_len,
             f"{total} tokens are more than the maximum context length of {self.max_model_len}; shorten the prompt or raise "
@@ -107,7 +107,9 @@ class Model:
         low, high = int(ids.min()), int(ids.max())
         vocab = self.config.vocab_size
         require(
-            0 <= low and high < vocab, f"token id {low if low < 0 else high} is outside the vocabulary 0..{vocab - 1}", RequestError
+            0 <= low and high < vocab,
+            f"token id {low if low < 0 else high} is outside the vocabulary 0..{vocab - 1}",
+            RequestError,
         )
         if state is not None:
             require(
@@ -154,6 +156,13 @@ class MtpHead:
 
 def _join(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _longest_row(state: ModelState, new_valid: Array | None, count: int) -> int:
+    """Tokens of the longest row once ``count`` columns are added; padding takes up no context."""
+    seen = state.length if state.valid is None else state.valid.sum(axis=1)
+    new = count if new_valid is None else new_valid.sum(axis=1)
+    return int(np.max(seen + new))
 
 
 def _new_valid(mask: Any, state: ModelState, shape: tuple[int, ...]) -> Array | None:

@@ -35,7 +35,7 @@ BLOCKED_METHODS = frozenset({"translate", "maketrans", "encode", "to_bytes", "fr
 
 
 def render_template(source: str, variables: Mapping[str, object], limits: TemplateLimits) -> str:
-    """The text that the Jinja template ``source`` makes of ``variables``. Raises RequestError for whatever goes wrong."""
+    """The text that the Jinja template ``source`` makes of ``variables``. Raises RequestError for any failure."""
     token = allowance.set(Allowance(limits, time.monotonic() + limits.seconds))
     try:
         return _collect(_compiled(source).generate(dict(variables)), limits)
@@ -147,7 +147,7 @@ class _ClockInserter(NodeTransformer):
         self.generic_visit(node)
         node.body.insert(0, _tick_statement(node.lineno))
         if node.test is not None:
-            node.test = nodes.And(_environment_call("tick", [], node.lineno), node.test, lineno=node.lineno)
+            nodes.And(_environment_call("tick", [], node.lineno), node.test, lineno=node.lineno)
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:

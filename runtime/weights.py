@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from deltaloom.graph.errors import CheckpointError
-from deltaloom.graph.ir import Graph, Node, Value
 from deltaloom.graph.interpret import run_node
+from deltaloom.graph.ir import Graph, Node, Value
 from deltaloom.graph.op import Array
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import QuantType
@@ -41,7 +41,7 @@ class WeightStore:
         self._made: dict[tuple[str, str, str, tuple[int, ...], str], Tensor] = {}
 
     def get(self, owner: str, prefix: str, graph: Graph, slot: WeightSlot) -> Tensor:
-        """The tensor of ``slot`` of ``graph`` (which carries its weight graph) under ``prefix``; ``owner`` names the model graph."""
+        """The tensor of ``slot`` of ``graph`` (which carries its weight graph) under ``prefix``; ``owner``: the model graph's name."""
         assert graph.weights is not None
         value = graph.weights.output(slot.value.name)
         stored = value.kind == "param"

@@ -8,6 +8,7 @@ cache: five passes over fresh 8 MB temporaries cost more in page faults than in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from deltaloom.graph.op import Array, Op
 from deltaloom.graph.types import f32, f64
 from deltaloom.passes.kernel import dtype_in
 
-LOWEST = {np.dtype(np.float32): np.float32(-87), np.dtype(np.float64): np.float64(-700)}
+LOWEST: dict[np.dtype[Any], Any] = {np.dtype(np.float32): np.float32(-87), np.dtype(np.float64): np.float64(-700)}
 """Where exp(-x) is still finite."""
 
 BLOCK = 1 << 15

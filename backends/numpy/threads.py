@@ -33,9 +33,6 @@ SWITCH_INTERVAL = 1e-5
 """Seconds until a thread that waits for the interpreter gets it, while a pool works (Python's default of 5 ms is as long as a
 whole decode step)."""
 
-SMALL = 1 << 19
-"""Multiply-adds below which work stays on the caller's thread: about 15 us of one core, the price of handing work over."""
-
 
 class Pool:
     """``n`` threads that work together: the caller and ``n - 1`` workers, which are started when first needed."""
@@ -131,11 +128,17 @@ def slices(length: int, count: int, unit: int = 1) -> list[slice]:
 
 
 _pool = Pool(1)
+_alone = Pool(1)
 
 
 def pool() -> Pool:
     """The pool of the process."""
     return _pool
+
+
+def team(worth: bool) -> Pool:
+    """The pool of the process for work that is worth handing over, else the caller alone."""
+    return _pool if worth else _alone
 
 
 def use_threads(n: int | None) -> Pool:
@@ -171,7 +174,8 @@ def single_threaded_blas() -> bool:
 def _openblas_files() -> list[Path]:
     """NumPy's bundled OpenBLAS, or else one that the process has mapped (a distribution's)."""
     home = Path(np.__file__).parent
-    bundled = [path for folder in (home.parent / "numpy.libs", home / ".dylibs", home / ".libs") for path in folder.glob("*openblas*")]
+    folders = (home.parent / "numpy.libs", home / ".dylibs", home / ".libs")
+    bundled = [path for folder in folders for path in folder.glob("*openblas*")]
     if bundled or not os.path.exists("/proc/self/maps"):
         return bundled
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:

@@ -60,7 +60,8 @@ def layer(config: ModelConfig, form: LayerForm, dtype: DType, name: str) -> Grap
 
 def gated_delta_net(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, valid: Value) -> Value:
     """The linear mixer (specification, section 5), x [b, s, H] -> [b, s, H]. Per sequence it keeps ``conv``, the last
-    K - 1 columns before the convolution, and ``delta``, one matrix [dk, dv] a value head, float32 (float64 if the model is)."""
+    K - 1 columns before the convolution, and ``delta``, one matrix [dk, dv] a value head in float32 (float64 for a
+    float64 model)."""
     key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
     dk, dv, taps = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
     key_width, value_width = key_heads * dk, value_heads * dv

@@ -31,9 +31,7 @@ def row(*values: float) -> NDArray[np.float32]:
 
 
 def kept(logits: NDArray[np.floating], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[int]:
-    filtered = sampling.filter_top_k_top_p_min_p(
-        logits.astype(np.float64), np.array([top_k]), np.array([top_p]), np.array([min_p])
-    )
+    filtered = sampling.filter_top_k_top_p_min_p(logits.astype(np.float64), np.array([top_k]), np.array([top_p]), np.array([min_p]))
     ids = np.flatnonzero(np.isfinite(filtered[0]))
     assert np.array_equal(filtered[0, ids], logits[0, ids].astype(np.float64))
     return [int(token) for token in ids]
@@ -86,6 +84,7 @@ def test_top_p_keeps_at_least_one_and_acts_after_top_k() -> None:
     assert kept(logits, top_k=2, top_p=0.6) == [0]  # 0.5 of the remaining 0.7 reaches 0.6
     assert kept(logits, min_p=0.3) == [0, 1, 2]
     assert kept(logits, top_p=1.0) == [0, 1, 2, 3]
+    assert kept(row(0, -60, -60), top_p=1.0) == [0, 1, 2]  # off, although 1 + exp(-60) rounds to 1
 
 
 def test_penalties_by_hand() -> None:

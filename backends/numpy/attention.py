@@ -1,0 +1,142 @@
+"""Causal attention of the NumPy backend, over caches that are written in place (Qwen3-Next specification, section 6).
+
+Query heads that share a key head are rows of one product, so keys and values are never repeated. Softmax is in the
+compute dtype (float32 or float64); a row without any allowed key gives 0.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import numpy as np
+
+from deltaloom.backends.numpy.table import table
+from deltaloom.backends.numpy.threads import team
+from deltaloom.graph.op import Array, Op
+from deltaloom.graph.types import f32, f64
+from deltaloom.passes.kernel import Appended, dtype_in, size
+
+
+class _HasScale(Protocol):
+    scale: float
+
+
+QUERIES = 64
+KEYS = 512
+"""Query positions and keys of a block: with 8 grouped heads its scores take 1 MiB, whatever the context."""
+
+WORK = 1 << 23
+"""Multiply-adds from which a call is worth two threads."""
+
+FLOAT = dtype_in("q", f32, f64)
+
+
+def _append(k: Array, v: Array, key_cache: Appended, value_cache: Appended) -> tuple[Array, Array]:
+    """Write the new entries behind the filled ones; the filled caches, new entries included."""
+    past = int(key_cache.length)
+    end = past + k.shape[1]
+    key_cache.data[:, :, past:end] = k.transpose(0, 2, 1, 3)
+    value_cache.data[:, :, past:end] = v.transpose(0, 2, 1, 3)
+    return key_cache.data[:, :, :end], value_cache.data[:, :, :end]
+
+
+@table.kernel("attention", when=(size("q", 1, equals=1), FLOAT))
+def attention_step(
+    op: Op, q: Array, k: Array, v: Array, key_cache: Appended, value_cache: Appended, valid: Array | None = None
+) -> Array:
+    """One token: a product with all keys, a softmax and a product with all values, for the heads of a group at once."""
+    keys, values = _append(k, v, key_cache, value_cache)
+    batch, _, query_heads, width = q.shape
+    key_heads, columns = keys.shape[1:3]
+    mask = None if valid is None or valid.all() else valid[:, None, None, :]
+    queries = (q * cast(_HasScale, op).scale).reshape(batch, key_heads, query_heads // key_heads, width)
+    out = np.empty((*queries.shape[:3], values.shape[-1]), q.dtype)
+
+    def run(head: slice) -> None:
+        scores = queries[:, head] @ keys[:, head].swapaxes(-1, -2)
+        if mask is not None:
+            np.copyto(scores, -np.inf, where=~mask)
+        highest = scores.max(axis=-1, keepdims=True)
+        if mask is not None:
+            np.copyto(highest, 0, where=np.isneginf(highest))
+        scores -= highest
+        np.exp(scores, out=scores)
+        total = scores.sum(axis=-1, keepdims=True)
+        part = np.matmul(scores, values[:, head], out=out[:, head])
+        if mask is not None:
+            np.copyto(total, 1, where=total == 0)
+        part /= total
+
+    threads = team(batch * query_heads * columns * width >= WORK)
+    threads.map(run, threads.parts(key_heads))
+    return out.reshape(batch, 1, query_heads, values.shape[-1])
+
+
+@table.kernel("attention", when=(FLOAT,))
+def attention_blocks(
+    op: Op, q: Array, k: Array, v: Array, key_cache: Appended, value_cache: Appended, valid: Array | None = None
+) -> Array:
+    """Blocks of queries against blocks of keys with a running maximum and sum (as FlashAttention does), in bounded memory;
+    blocks above the diagonal are skipped. The threads share batch rows, key heads and query blocks, the longest first."""
+    keys, values = _append(k, v, key_cache, value_cache)
+    batch, seq, query_heads, width = q.shape
+    key_heads, columns = keys.shape[1:3]
+    past, repeats = columns - seq, query_heads // key_heads
+    mask = None if valid is None or valid.all() else valid
+    scale = cast(_HasScale, op).scale
+    out = np.empty((batch, seq, query_heads, values.shape[-1]), q.dtype)
+
+    def run(item: tuple[int, int, int]) -> None:
+        start, row, head = item
+        stop = min(start + QUERIES, seq)
+        heads = slice(head * repeats, (head + 1) * repeats)
+        queries = np.multiply(q[row, start:stop, heads].swapaxes(0, 1), scale, order="C")
+        seen = None if mask is None else mask[row]
+        result = _rows(queries, keys[row, head], values[row, head], past + start, seen)
+        out[row, start:stop, heads] = result.swapaxes(0, 1)
+
+    items = [(s, b, h) for s in reversed(range(0, seq, QUERIES)) for b in range(batch) for h in range(key_heads)]
+    team(batch * seq * query_heads * columns * width >= WORK).map(run, items)
+    return out
+
+
+def _rows(queries: Array, keys: Array, values: Array, first: int, valid: Array | None) -> Array:
+    """Attention of scaled queries [heads, rows, width] at positions ``first``, ``first + 1``, ... over keys and values
+    [columns, width]; result [heads, rows, value width]."""
+    heads, rows, width = queries.shape
+    flat = queries.reshape(heads * rows, width)
+    end = first + rows
+    total = np.zeros((heads * rows, 1), queries.dtype)
+    highest = np.full((heads * rows, 1), -np.inf, queries.dtype)
+    result = np.zeros((heads * rows, values.shape[-1]), queries.dtype)
+    for low in range(0, end, KEYS):
+        high = min(low + KEYS, end)
+        if valid is not None and not valid[low:high].any():
+            continue
+        scores = flat @ keys[low:high].T
+        if high > first + 1:
+            edge = max(low, first + 1)
+            shown = scores.reshape(heads, rows, high - low)[:, :, edge - low :]
+            shown += _ahead(rows, edge - first, high - edge, queries.dtype)
+        if valid is not None:
+            np.copyto(scores, -np.inf, where=~valid[low:high])
+        top = np.maximum(highest, scores.max(axis=-1, keepdims=True))
+        finite = np.where(np.isneginf(top), 0, top) if valid is not None else top
+        scores -= finite
+        np.exp(scores, out=scores)
+        if low:
+            faded = np.exp(highest - finite)
+            total *= faded
+            result *= faded
+        total += scores.sum(axis=-1, keepdims=True)
+        result += scores @ values[low:high]
+        highest = top
+    np.copyto(total, 1, where=total == 0)
+    result /= total
+    return result.reshape(heads, rows, values.shape[-1])
+
+
+def _ahead(rows: int, offset: int, columns: int, dtype: np.dtype[np.generic]) -> Array:
+    """-inf where column ``offset + j`` lies after row ``i``, else 0."""
+    ahead = offset + np.arange(columns) > np.arange(rows)[:, None]
+    return np.where(ahead, -np.inf, 0).astype(dtype)

@@ -1,0 +1,126 @@
+"""Generated cases made concrete: arrays in a dtype, their types, one-node graphs, and the ways to evaluate an op."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+
+from deltaloom.graph.builder import GraphBuilder
+from deltaloom.graph.errors import GraphError
+from deltaloom.graph.interpret import interpret
+from deltaloom.graph.ir import Graph
+from deltaloom.graph.op import Array, Case, Draw, Op
+from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.types import DTYPES, DType, QuantType, TensorType, f64
+
+Value = Array | QuantizedArray
+
+
+def draw_case(op: type[Op], draw: Draw) -> Case:
+    """A case of ``op``; ``GraphError`` if it has no ``cases`` rule."""
+    if op.cases is None:
+        raise GraphError(f"op {op.name} has no cases rule, so it cannot be tested")
+    return cast(Case, op.cases(draw))
+
+
+def concrete(case: Case, dtype: DType) -> tuple[Value, ...]:
+    """The arrays of a case in the dtype under test, as ``Case`` describes."""
+    fixed = case.dtypes or (None,) * len(case.arrays)
+    made: list[Value] = []
+    for array, own in zip(case.arrays, fixed, strict=True):
+        if isinstance(array, QuantizedArray) or array.dtype.kind in "iub":
+            made.append(array)
+        else:
+            made.append(array.astype((dtype if dtype == f64 else own or dtype).numpy))
+    return tuple(made)
+
+
+def in_float64(arrays: tuple[Value, ...]) -> tuple[Value, ...]:
+    """The same numbers with every plain float array in float64, so that a reference computes the truth."""
+    return tuple(
+        array if isinstance(array, QuantizedArray) or array.dtype.kind in "iub" else array.astype(np.float64)
+        for array in arrays
+    )
+
+
+def dtype_of(array: Array) -> DType:
+    """The graph's dtype of an array."""
+    for dtype in DTYPES.values():
+        if dtype.numpy == array.dtype:
+            return dtype
+    raise GraphError(f"an array of {array.dtype} has no dtype in graphs; known are {', '.join(DTYPES)}")
+
+
+def type_of(array: Value) -> TensorType:
+    """The type of a value at run time."""
+    if isinstance(array, QuantizedArray):
+        quantised = QuantType(dtype_of(array.data), array.block, dtype_of(array.scale))
+        return quantised[tuple(array.data.shape)]
+    return dtype_of(array)[tuple(array.shape)]
+
+
+def reference(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...]:
+    """The op's definition, always as a tuple."""
+    if op.reference is None:
+        raise GraphError(f"op {op.name} has no reference")
+    with np.errstate(all="ignore"):
+        return as_tuple(op.reference(*arrays))
+
+
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    """One result or several, as a tuple."""
+    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+def one_node(op: Op, types: tuple[TensorType, ...], *, params: bool = False) -> Graph:
+    """A graph of one node. With ``params`` every input that is no state is a parameter, as for a weight."""
+    builder = GraphBuilder("case")
+    names = op.input_names()
+    values = []
+    for position, type_ in enumerate(types):
+        name = f"in{position}"
+        is_weight = params and not (position < len(names) and names[position] in op.updates)
+        if is_weight:
+            values.append(builder.param(name, type_.shape, type_.dtype))
+        else:
+            values.append(builder.input(name, type_))
+    for position, value in enumerate(as_tuple(builder.apply(op, *values))):
+        builder.output(str(position), value)
+    return builder.build()
+
+
+def decomposed(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...] | None:
+    """The op's decomposition, interpreted; None where it has none."""
+    builder = GraphBuilder("parts")
+    values = [builder.input(f"in{position}", type_of(array)) for position, array in enumerate(arrays)]
+    parts = None if op.decompose is None else op.decompose(builder, *values)
+    if parts is None:
+        return None
+    for position, value in enumerate(as_tuple(parts)):
+        builder.output(str(position), value)
+    inputs = {f"in{position}": cast(Array, array) for position, array in enumerate(arrays)}
+    results = interpret(builder.build(), inputs, lambda name: None, {})
+    return tuple(results.outputs.values())
+
+
+def torch_rule(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...]:
+    """The op's torch rule, on the CPU, with NumPy arrays in and out."""
+    import torch
+
+    def tensor(array: Value) -> Any:
+        if isinstance(array, QuantizedArray):
+            return QuantizedArray(tensor(array.data), tensor(array.scale), array.block)
+        if array.dtype.name in ("bfloat16", "float8_e4m3fn"):
+            bits = torch.from_numpy(np.ascontiguousarray(array).view(f"int{8 * array.itemsize}").copy())
+            return bits.view(getattr(torch, array.dtype.name))
+        return torch.from_numpy(array.copy())
+
+    def array(tensor: Any) -> Array:
+        if tensor.dtype == torch.bfloat16:
+            return cast(Array, tensor.contiguous().view(torch.int16).numpy().view(DTYPES["bf16"].numpy))
+        return cast(Array, tensor.numpy())
+
+    if op.torch is None:
+        raise GraphError(f"op {op.name} has no torch rule")
+    return tuple(map(array, as_tuple(op.torch(torch, *map(tensor, arrays)))))

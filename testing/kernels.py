@@ -1,0 +1,106 @@
+"""Kernels of backends, run on generated cases as a compiled program would run them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from deltaloom.graph.errors import CompileError
+from deltaloom.graph.ir import Node
+from deltaloom.graph.op import Array, Op
+from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.types import DType, bf16, f32, f64
+from deltaloom.passes.kernel import Appended, Backend, Kernel
+from deltaloom.testing.evaluate import Value, as_tuple, one_node, reference, type_of
+
+ROOM = 3
+"""Entries of an append state's buffer behind those that a case needs; they hold ``RUBBISH``."""
+RUBBISH = 50.0
+
+
+def dtypes_of(backend: Backend) -> tuple[DType, ...]:
+    """The dtypes of the kit that the backend computes in."""
+    found = []
+    for dtype in (f32, bf16, f64):
+        try:
+            found.append(backend.compute_dtype(dtype.long_name))
+        except CompileError:
+            continue
+    return tuple(dict.fromkeys(found))
+
+
+def accepted_node(kernel: Kernel, op: Op, arrays: tuple[Value, ...]) -> Node | None:
+    """The node of a case, if the kernel accepts it, with inputs that are computed or else with parameters."""
+    types = tuple(map(type_of, arrays))
+    for params in (False, True):
+        node = one_node(op, types, params=params).nodes[0]
+        wants_params = any(node.inputs[position].kind != "param" for position, _ in kernel.layouts(node))
+        if not wants_params and kernel.refusal(node) is None:
+            return node
+    return None
+
+
+def run_kernel(backend: Backend, kernel: Kernel, node: Node, arrays: tuple[Value, ...]) -> tuple[Array, ...]:
+    """All outputs of ``node`` by ``kernel``, append states included. ``AssertionError`` if the kernel writes to an input
+    that is not a state, or to the filled part of an append state."""
+    op = node.op
+    names, layouts = op.input_names(), dict(kernel.layouts(node))
+    tensors: list[Any] = []
+    for position, array in enumerate(arrays):
+        name = names[position] if position < len(names) else names[-1]
+        if isinstance(array, QuantizedArray):
+            tensors.append(QuantizedArray(backend.from_host(array.data), backend.from_host(array.scale), array.block))
+        elif name in op.appends:
+            tensors.append(_buffer(backend, array, op.appends[name], _entries(node, name)))
+        else:
+            stored = array.transpose(layouts[position]) if position in layouts else array
+            tensors.append(backend.from_host(np.ascontiguousarray(stored).copy()))
+    with np.errstate(all="ignore"):
+        returned = iter(as_tuple(kernel.run(op, *tensors)))
+    _check_unchanged(backend, node, arrays, tensors, layouts)
+    growing = {output: name for name, output in op.updates.items() if name in op.appends}
+    outputs = []
+    for output in range(len(node.outputs)):
+        if output in growing:
+            name = growing[output]
+            position, axis = names.index(name), op.appends[name]
+            filled = arrays[position].shape[axis] + _entries(node, name)  # type: ignore[union-attr]
+            outputs.append(backend.to_host(tensors[position].data).take(range(filled), axis=axis))
+        else:
+            outputs.append(backend.to_host(next(returned)))
+    assert next(returned, None) is None, f"{kernel.name} returned more than {op.name} has outputs"
+    return tuple(outputs)
+
+
+def _entries(node: Node, name: str) -> int:
+    """How many entries a run adds to the append state ``name``."""
+    op, axis = node.op, node.op.appends[name]
+    old = node.inputs[op.input_names().index(name)].type.static_shape()[axis]
+    return node.outputs[op.updates[name]].type.static_shape()[axis] - old
+
+
+def _buffer(backend: Backend, array: Array, axis: int, entries: int) -> Appended:
+    shape = list(array.shape)
+    shape[axis] = entries + ROOM
+    data = np.concatenate([array, np.full(shape, RUBBISH, array.dtype)], axis=axis)
+    return Appended(backend.from_host(data), backend.length(array.shape[axis]))
+
+
+def _check_unchanged(
+    backend: Backend, node: Node, arrays: Sequence[Value], tensors: Sequence[Any], layouts: dict[int, tuple[int, ...]]
+) -> None:
+    names = node.op.input_names()
+    for position, (array, tensor) in enumerate(zip(arrays, tensors, strict=True)):
+        if isinstance(array, QuantizedArray) or (position < len(names) and names[position] in node.op.updates):
+            continue
+        now = backend.to_host(tensor)
+        before = array.transpose(layouts[position]) if position in layouts else array
+        same = np.array_equal(now.astype(np.float64), before.astype(np.float64), equal_nan=True)
+        assert same, f"the kernel for {node.op} changed its input {position}, which is no state"
+
+
+def expected(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...]:
+    """The outputs that a kernel is held to, in the dtype of the arrays."""
+    return reference(op, arrays)
