@@ -13,13 +13,23 @@ from dataclasses import dataclass
 from deltaloom.graph.errors import GraphError
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Symbol:
     """A named non-negative integer with bounds, both included; ``high=None`` means unbounded."""
 
     name: str
     low: int = 1
     high: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.low < 0 or (self.high is not None and self.high < self.low):
+            raise GraphError(f"symbol '{self.name}' has the bounds {self.low} to {self.high}; expected 0 <= low <= high")
+
+    def __lt__(self, other: Symbol) -> bool:
+        return self._key() < other._key()
+
+    def _key(self) -> tuple[str, int, bool, int]:
+        return self.name, self.low, self.high is None, self.high or 0
 
     def __str__(self) -> str:
         return self.name
@@ -130,11 +140,13 @@ def bounds(dim: Dim) -> tuple[int, int | None]:
 
 def parse_dim(text: str, known: Mapping[str, Symbol]) -> Dim:
     """Read what ``str(dim)`` printed; ``known`` maps symbol names to symbols."""
+    if not re.fullmatch(r"\s*-?\s*[^+\-\s]+(\s*[+-]\s*[^+\-\s]+)*\s*", text):
+        raise GraphError(f"'{text}' is not a dimension; expected for example 2*past + seq - 1")
     total: Dim = 0
     for sign, body in re.findall(r"([+-]?)\s*([^+\-\s]+)", text):
         term: Dim = -1 if sign == "-" else 1
         for factor in body.split("*"):
-            if factor.isdigit():
+            if factor.isdecimal():
                 term = term * int(factor)
             elif factor in known:
                 term = term * Expr((((known[factor],), 1),))

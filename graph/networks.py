@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -51,20 +51,22 @@ def is_convex(graph: Graph, nodes: Iterable[Node]) -> bool:
 
 
 def isomorphic_layers(graph: Graph) -> list[tuple[str, ...]]:
-    """The scopes of ``graph`` whose nodes compute the same on other values: groups of two or more, in order of use. Two
-    scopes are alike if a mapping of their nodes keeps op, attributes, types and the order of inputs."""
-    bodies: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        bodies.setdefault(node.scope, []).append(node)
+    """Layers of ``graph`` that compute the same on other values: groups of two or more, in order of use. A layer is a scope
+    with all that lies in it (``layers.3``), or a call (told by its prefix). Two are alike if a mapping of their nodes keeps
+    ops, attributes, types and the order of inputs; names do not count."""
     groups: list[tuple[nx.DiGraph, list[str]]] = []
-    for scope, nodes in bodies.items():
-        body = _body(graph, nodes)
-        for known, members in groups:
-            if nx.is_isomorphic(known, body, node_match=_same_label, edge_match=_same_label):
-                members.append(scope)
-                break
-        else:
-            groups.append((body, [scope]))
+    placed: dict[str, list[str]] = {}
+    for name, key, nodes in _layers(graph):
+        if key in placed:
+            placed[key].append(name)
+            continue
+        body = _body(nodes)
+        alike = (members for known, members in groups if _alike(known, body))
+        members = next(alike, [])
+        if not members:
+            groups.append((body, members))
+        members.append(name)
+        placed[key] = members
     return [tuple(members) for _, members in groups if len(members) > 1]
 
 
@@ -104,7 +106,23 @@ def _vertices(network: nx.DiGraph, graph: Graph, nodes: Iterable[Node]) -> set[s
     return inside
 
 
-def _body(graph: Graph, nodes: list[Node]) -> nx.DiGraph:
+def _layers(graph: Graph) -> Iterator[tuple[str, str, list[Node]]]:
+    """Name, a key that layers known to be the same share, and nodes of each layer, in order of use."""
+    bodies: dict[str, list[Node]] = {}
+    calls: dict[str, Call] = {}
+    for node in graph.nodes:
+        parts = node.scope.split(".") if node.scope else []
+        for length in range(1, len(parts) + 1):
+            bodies.setdefault(".".join(parts[:length]), []).append(node)
+        if isinstance(node.op, Call):
+            calls[node.op.prefix.rstrip(".")] = node.op
+    for scope, nodes in bodies.items():
+        yield scope, f"scope {scope}", nodes
+    for prefix, call in calls.items():
+        yield prefix, f"region {call.region}", list(graph.region(call.region).nodes)
+
+
+def _body(nodes: list[Node]) -> nx.DiGraph:
     """The nodes of one scope with what they read; a vertex's ``label`` is what must agree, not its name."""
     body = nx.DiGraph()
     for node in nodes:
@@ -120,6 +138,10 @@ def _body(graph: Graph, nodes: list[Node]) -> nx.DiGraph:
             ports = body.edges.get((source, node.name), {}).get("label", ())
             body.add_edge(source, node.name, label=(*ports, (index, position)))
     return body
+
+
+def _alike(left: nx.DiGraph, right: nx.DiGraph) -> bool:
+    return bool(nx.is_isomorphic(left, right, node_match=_same_label, edge_match=_same_label))
 
 
 def _same_label(left: dict[str, object], right: dict[str, object]) -> bool:

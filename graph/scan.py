@@ -46,7 +46,7 @@ class Line:
 
     def take(self, literal: str) -> bool:
         """Take ``literal`` if it comes next; one of letters must end where it ends."""
-        return self.found(re.escape(literal) + (r"(?![\w./-])" if literal[-1].isalnum() else "")) is not None
+        return self.found(re.escape(literal) + (r"(?![^\s,#\"'(){}\[\]=])" if literal[-1].isalnum() else "")) is not None
 
     def ahead(self, literal: str) -> bool:
         """Whether ``literal`` comes next; nothing is taken."""

@@ -21,13 +21,13 @@ def verify(graph: Graph, *, after: str = "") -> None:
     """Raise ``VerifyError`` unless ``graph`` and its regions keep every rule; ``after`` names the pass that made it."""
     symbols: dict[str, Symbol] = {}
     top = _Check(graph, graph, after, symbols)
-    top.run()
     for name, region in graph.regions.items():
         check = _Check(region, graph, after, symbols)
         check.require(region.name == name, f"the region called '{name}' names itself '{region.name}'")
         check.require(not region.regions, f"region '{name}' owns regions itself, which only the top level may")
         check.require(bool(region.outputs), f"region '{name}' has no outputs")
         check.run()
+    top.run()
     _check_calls(top)
     for owner in (graph, *graph.regions.values()):
         if owner.weights is not None:

@@ -30,9 +30,7 @@ class FamilyGraphs:
 FAMILY_GRAPHS = {
     "qwen3": FamilyGraphs("deltaloom.models.qwen3.graph:model"),
     "qwen3_moe": FamilyGraphs("deltaloom.models.qwen3_moe.graph:model"),
-    "qwen3_next": FamilyGraphs(
-        "deltaloom.models.qwen3_next.graph:model", mtp="deltaloom.models.qwen3_next.mtp:mtp_head"
-    ),
+    "qwen3_next": FamilyGraphs("deltaloom.models.qwen3_next.graph:model", mtp="deltaloom.models.qwen3_next.mtp:mtp_head"),
 }
 
 
@@ -49,8 +47,7 @@ def build_graph(config: ModelConfig, *, dtype: DType = f32, names: Collection[st
     family = FAMILY_GRAPHS.get(config.model_type)
     if family is None:
         raise ConfigError(
-            f"there is no layer graph for model_type {config.model_type!r}; "
-            f"known are {', '.join(sorted(FAMILY_GRAPHS))}."
+            f"there is no layer graph for model_type {config.model_type!r}; known are {', '.join(sorted(FAMILY_GRAPHS))}."
         )
     known = None if names is None else frozenset(names)
     main: Graph = _function(family.main)(config, dtype, known)

@@ -34,9 +34,7 @@ LayerBuilder = Callable[[ModelConfig, LayerForm, DType, str], Graph]
 """Builds the body of a layer form under a name. Its inputs are among ``x``, ``cos``, ``sin`` and ``valid``."""
 
 
-def layer_form(
-    config: ModelConfig, prefix: str, mixer: LayerKind, *, moe: bool, names: Collection[str] | None
-) -> LayerForm:
+def layer_form(config: ModelConfig, prefix: str, mixer: LayerKind, *, moe: bool, names: Collection[str] | None) -> LayerForm:
     """The form of the layer at ``prefix`` (``model.layers.3``). ``names`` (of the checkpoint's tensors; None: as
     published) decide whether experts are stacked. Raises CheckpointError for stacked experts in block FP8."""
     stored = Stored(config.quantization).within(prefix)
@@ -86,9 +84,7 @@ def decoder(config: ModelConfig, bodies: Sequence[Graph], dtype: DType, norm: No
     cos, sin = rotary(g, config, positions)
     given = {"cos": cos, "sin": sin, "valid": valid}
 
-    x = g.embedding(
-        token_ids, g.param("model.embed_tokens.weight", [config.vocab_size, config.hidden_size]), name="embed"
-    )
+    x = g.embedding(token_ids, g.param("model.embed_tokens.weight", [config.vocab_size, config.hidden_size]), name="embed")
     hidden = [x]
     for number, body in enumerate(bodies):
         x = call_layer(g, body, x, given, f"model.layers.{number}.")

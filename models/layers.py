@@ -100,10 +100,7 @@ def regroup_rows(g: GraphBuilder, weight: Value, groups: int, sizes: tuple[int, 
     rest = weight.type.static_shape()[1:]
     grouped = g.reshape(weight, shape=(groups, sum(sizes), *rest), name=f"{name}.grouped")
     pieces = g.split(grouped, sizes=sizes, axis=1, name=f"{name}.pieces")
-    slabs = [
-        g.reshape(piece, shape=(groups * size, *rest), name=f"{name}.slab")
-        for piece, size in zip(pieces, sizes, strict=True)
-    ]
+    slabs = [g.reshape(piece, shape=(groups * size, *rest), name=f"{name}.slab") for piece, size in zip(pieces, sizes, strict=True)]
     flat: Value = g.concat(*slabs, axis=0, name=f"{name}.flat")
     return flat
 

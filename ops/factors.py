@@ -1,8 +1,9 @@
 """The factor notation of ``Op.sharding``: which axes of inputs and outputs are one and the same factor.
 
 ``"... i, o i, +o -> ... o"`` (linear): operands are separated by commas, inputs and outputs by ``->``, axes by spaces.
-A factor that occurs in several operands is cut in all of them. One that no output has is summed over: every rank gives
-a partial sum; a ``+`` operand is added to the result, so that one rank alone may give it. ``f!`` must stay whole.
+A factor that occurs in several operands is cut in all of them; an output without it is then the same on every rank. One
+that no output has is summed over: every rank gives a partial sum; a ``+`` operand is added to the result, so that one
+rank alone may give it. ``f!`` must stay whole.
 ``(h r)`` is one axis made of factors, the first one the slowest; a number is a factor of that size and stays whole.
 ``...`` stands for any number of axes. An axis of size 1 is never cut.
 """

@@ -79,11 +79,7 @@ def run_group(
     prefilled = model.forward(ids, attention_mask=mask, logits="last")
     timings.prefill += perf_counter() - started
     assert prefilled.logits is not None
-    samples = [
-        _Sample(request, row, index, tokenizer)
-        for row, request in enumerate(requests)
-        for index in range(request.params.n)
-    ]
+    samples = [_Sample(request, row, index, tokenizer) for row, request in enumerate(requests) for index in range(request.params.n)]
     for start in range(0, len(samples), max_batch):
         part = samples[start : start + max_batch]
         rows = [one.row for one in part]

@@ -256,12 +256,8 @@ def generation_defaults(
     return replace(own if mode == "auto" else GenerationDefaults(), eos_ids=eos)
 
 
-def _result(
-    prompt: EncodedPrompt, request: Request, pieces: Sequence[Piece], timings: Timings
-) -> GenerationResult:
-    outputs = [
-        _completion(index, [piece for piece in pieces if piece.index == index]) for index in range(request.params.n)
-    ]
+def _result(prompt: EncodedPrompt, request: Request, pieces: Sequence[Piece], timings: Timings) -> GenerationResult:
+    outputs = [_completion(index, [piece for piece in pieces if piece.index == index]) for index in range(request.params.n)]
     metrics = Metrics(len(prompt.ids), len(pieces), timings.prefill, timings.decode)
     return GenerationResult(prompt.text, prompt.ids, outputs, request.params.seed, metrics)
 

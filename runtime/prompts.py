@@ -33,9 +33,7 @@ def encode_prompts(
     """
     given: Any = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
     if not isinstance(given, str | list | tuple):
-        raise RequestError(
-            f"the prompt is a {type(given).__name__}; expected a text, a list of token ids, or a list of either"
-        )
+        raise RequestError(f"the prompt is a {type(given).__name__}; expected a text, a list of token ids, or a list of either")
     if not given:
         raise RequestError("the prompt is empty; give at least one token")
     single = isinstance(given, str) or all(_is_id(entry) for entry in given)

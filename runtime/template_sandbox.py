@@ -147,7 +147,7 @@ class _ClockInserter(NodeTransformer):
         self.generic_visit(node)
         node.body.insert(0, _tick_statement(node.lineno))
         if node.test is not None:
-            nodes.And(_environment_call("tick", [], node.lineno), node.test, lineno=node.lineno)
+            node.test = nodes.And(_environment_call("tick", [], node.lineno), node.test, lineno=node.lineno)
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:

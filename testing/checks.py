@@ -1,4 +1,4 @@
-"""What the conformance kit checks of an op; each check draws one case and raises ``AssertionError`` where the op breaks its word."""
+"""What the conformance kit checks of an op: each check draws one case and raises ``AssertionError`` where it fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import numpy as np
 from deltaloom.graph.errors import GraphError
 from deltaloom.graph.op import Array, Draw, Op
 from deltaloom.graph.parse import parse_graph
-from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.serialize import from_json, to_json
 from deltaloom.graph.text import print_graph
 from deltaloom.graph.types import DType, TensorType, bf16, bool_, f16, f32, f64, i32, i64

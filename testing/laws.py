@@ -87,7 +87,7 @@ def _permutation(law: PermutationEquivariant, op: Op, arrays: Arrays, draw: Draw
     permuted = reference(op, tuple(_map(arrays, names, lambda x: x[order]).values()))
     for position, plain in enumerate(reference(op, tuple(arrays.values()))):
         assert_close(f"output {position} of {op}, batch permuted", permuted[position], plain[order], plain[order])
-    return batch > 1
+    return len(order) > 1
 
 
 @_check.register

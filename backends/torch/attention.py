@@ -68,7 +68,7 @@ def _block(
     batch, rows, heads, width = q.shape
     key_heads, columns = keys.shape[1], keys.shape[2]
     group = heads // key_heads
-    grouped = (wide(q) * scale).unflatten(2, (key_heads, group)).permute(0, 2, 3, 1, 4)
+    grouped = (wide(q) * scale).reshape(batch, rows, key_heads, group, width).permute(0, 2, 3, 1, 4)
     scores = grouped.reshape(batch, key_heads, group * rows, width) @ wide(keys).transpose(2, 3)
     by_row = scores.view(batch, key_heads, group, rows, columns)
     lowest = torch.finfo(scores.dtype).min

@@ -1,7 +1,7 @@
 """Matrix products of the torch backend.
 
-Measured (two cores, AVX2, float32): one row streams a weight stored ``[in, out]`` at 25 GB/s and one stored ``[out, in]`` at 20; with
-16 rows the second is 1.2 times faster, from 128 rows on they are level.
+Measured (two cores, AVX2, float32): one row streams a weight stored ``[in, out]`` at 25 GB/s and one stored ``[out, in]`` at 20;
+with 16 rows the second is 1.2 times faster, from 128 rows on they are level.
 """
 
 from __future__ import annotations

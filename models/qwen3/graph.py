@@ -43,9 +43,7 @@ def layer(config: ModelConfig, form: LayerForm, dtype: DType, name: str) -> Grap
     return g.build()
 
 
-def attention(
-    g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, cos: Value, sin: Value, valid: Value
-) -> Value:
+def attention(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, cos: Value, sin: Value, valid: Value) -> Value:
     """Grouped-query attention, x [b, s, H] -> [b, s, H]; q and k are normed over the head before they are rotated."""
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q = linear(g, stored, x, "q_proj", heads * size, bias=config.attention_bias)

@@ -104,9 +104,7 @@ def in_projections(g: GraphBuilder, config: ModelConfig, stored: Stored) -> tupl
     )
 
 
-def gated_attention(
-    g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, cos: Value, sin: Value, valid: Value
-) -> Value:
+def gated_attention(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, cos: Value, sin: Value, valid: Value) -> Value:
     """The attention mixer (specification, section 6), x [b, s, H] -> [b, s, H]: grouped heads, q and k normed before
     they are rotated, an output gate of the size of q. The caches hold normed, rotated keys and plain values."""
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -1,7 +1,8 @@
 """The golden data under tests/golden, read for any engine: what to run, in which order, and what to expect.
 
-An engine is run over ``walk(case)``, carrying its state from stage to stage, and over ``mtp_rounds(case)``; the results go
-to ``compare`` and ``compare_mtp``, which give the largest deviation of each kind. Arrays are those of tests/golden/README.md.
+An engine is run over ``walk(case)``, carrying its state from stage to stage, and over ``mtp_rounds(case)``; the results go to
+``compare`` and ``close``, which assert the golden tolerance and give the largest deviation. Arrays are those of
+tests/golden/README.md.
 """
 
 import json
@@ -150,11 +151,16 @@ def mtp_rounds(case: Case) -> Iterator[Round]:
             Draft(ids[None, step - 1 : step], np.array([[last + step]]), own["draft_logits"][step], own["draft_hidden"][step])
             for step in range(1, len(ids))
         )
+        rows = {name: own[name][None] for name in ("target_hidden", "fc_out", "layer_out", "hidden", "logits")}
         yield Round(
-            f"round.{number}",
-            own["next_ids"][None],
-            own["position_ids"][None],
-            *(own[name][None] for name in ("target_hidden", "fc_out", "layer_out", "hidden", "logits")),
+            name=f"round.{number}",
+            next_ids=own["next_ids"][None],
+            positions=own["position_ids"][None],
+            target_hidden=rows["target_hidden"],
+            fc_out=rows["fc_out"],
+            layer_out=rows["layer_out"],
+            hidden=rows["hidden"],
+            logits=rows["logits"],
             first_draft=int(ids[0]),
             drafts=drafts,
         )

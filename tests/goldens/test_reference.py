@@ -5,8 +5,9 @@ from functools import cache
 import numpy as np
 import pytest
 from goldens.golden_data import Array, Case, Round, case_named, cases, close, compare, mtp_rounds, walk
-from goldens.reference_model import ReferenceModel, Results, States
+from goldens.reference_model import ReferenceModel, States
 
+from deltaloom.graph.interpret import Results
 from deltaloom.graph.types import bf16
 
 DEVIATION = 4e-4  # float64 is at most 2.1e-4 from the oracle's float32; a mistake in the model moves outputs by 5e-3 or more
@@ -76,7 +77,8 @@ def test_flat_projections_hold_the_grouped_rows() -> None:
     """The regrouped projections give, channel by channel, what the stored ones give."""
     case = case_named("next_base", "detail")
     model, (stage,) = model_of(case.variant), walk(case)
-    config, seen = model.config, {}
+    config = model.config
+    seen: dict[str, Array] = {}
     inputs = {"token_ids": stage.token_ids, "positions": stage.positions, "valid": stage.valid}
     model.run(model.graphs.main, inputs, model.start(model.graphs.main, 1), observe=seen.__setitem__)
     keys, dk = config.linear_num_key_heads, config.linear_key_head_dim

@@ -117,6 +117,17 @@ def test_states_of_the_layers() -> None:
     assert wide["model.layers.2.linear_attn.delta"].value.type.dtype == f64
 
 
+def test_key_and_value_heads_of_different_sizes() -> None:
+    """The goldens have dk = dv: here channels, states and the scale of q tell them apart."""
+    config = config_of("next_base", linear_key_head_dim=4, linear_value_head_dim=16)
+    region = build_graph(config).main.region("linear_layer")
+    verify(region)
+    states = {state.name: state.value.type.shape[1:] for state in region.states}
+    assert states == {"linear_attn.conv": (2 * 2 * 4 + 4 * 16, 3), "linear_attn.delta": (4, 4, 16)}
+    assert region.producers["linear_attn.delta_rule"].op.attributes() == {"scale": 0.5}
+    assert region.producers["linear_attn.qkvz"].outputs[0].type.shape[-1] == 2 * 2 * 4 + 2 * 4 * 16
+
+
 def test_signature_of_the_mtp_head() -> None:
     built = build_graph(config_of("next_mtp"), dtype=bf16, names=names_of("next_mtp"))
     mtp = head(built)
@@ -177,6 +188,12 @@ def test_expert_layout_is_decided_layer_by_layer() -> None:
     params = found.all_params()
     assert params["model.layers.1.mlp.experts.gate_up_proj"] == f32[8, 24, 32]
     assert params["model.layers.1.mlp.experts.down_proj"] == f32[8, 32, 12]
+
+
+def test_experts_stored_both_ways_are_read_one_by_one() -> None:
+    config, names = config_of("next_base"), names_of("next_base")
+    both = [*names, "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+    assert set(build_graph(config, names=both).main.regions) == {"linear_layer", "attention_layer"}
 
 
 def test_a_layer_without_either_layout_is_reported_as_missing_experts() -> None:

@@ -1,0 +1,94 @@
+"""The eager torch backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from deltaloom.backends.torch import attention, convolution, delta_rule, linear, moe, norm
+from deltaloom.backends.torch.portable import portable_kernels
+from deltaloom.backends.torch.table import table
+from deltaloom.backends.torch.host import to_array, to_tensor, torch_dtype
+from deltaloom.graph.errors import CompileError, ConfigError
+from deltaloom.graph.op import Array
+from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.types import DType, bf16, f16, f32, f64
+from deltaloom.passes.kernel import Kernel
+
+FAMILIES = (attention, convolution, delta_rule, linear, moe, norm)
+"""The files whose kernels are in the table once they are imported."""
+
+COMPUTE = {dtype.long_name: dtype for dtype in (f32, bf16, f16, f64)}
+
+
+class TorchBackend:
+    """Runs kernels one by one on ``device`` ("cpu", "cuda", "cuda:1").
+
+    ``threads`` is torch's number of threads inside an op; torch has one such number a *process*, and the last backend made with one
+    sets it. float32 products are full float32 on a GPU as long as the process leaves torch's defaults alone
+    (``torch.set_float32_matmul_precision`` is the process's too; this backend neither reads nor sets it)."""
+
+    name = "torch"
+    compiles = False
+
+    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+        """Raises ``CompileError`` for a device that this torch does not have, ``ConfigError`` for a number of threads below 1."""
+        self.device = device
+        self._device = _device(device)
+        if threads is not None:
+            if threads < 1:
+                raise ConfigError(f"threads is {threads}; it must be 1 or more")
+            torch.set_num_threads(threads)
+
+    def kernels(self) -> Sequence[Kernel]:
+        """Kernels of this folder, then every op's own ``torch`` rule."""
+        return self._kernels
+
+    @cached_property
+    def _kernels(self) -> list[Kernel]:
+        return [*table.kernels, *portable_kernels(self.name, appending=True)]
+
+    def compute_dtype(self, wanted: str) -> DType:
+        """float32, bfloat16, float16 or float64. ``CompileError`` for anything else."""
+        if wanted not in COMPUTE:
+            raise CompileError(f"backend {self.name} cannot compute in '{wanted}'; it can in {', '.join(COMPUTE)}")
+        return COMPUTE[wanted]
+
+    def from_host(self, array: Array | QuantizedArray) -> Any:
+        """A tensor on the array's memory where the device is the CPU; never written unless it is a state."""
+        if isinstance(array, QuantizedArray):
+            return QuantizedArray(self.from_host(array.data), self.from_host(array.scale), array.block)
+        return to_tensor(array).to(self._device)
+
+    def to_host(self, tensor: torch.Tensor) -> Array:
+        """An array on the tensor's memory where that is the CPU's; bfloat16 through ml_dtypes."""
+        return to_array(tensor)
+
+    def zeros(self, shape: Sequence[int], dtype: DType) -> torch.Tensor:
+        """A new tensor of zeros on the device."""
+        return torch.zeros(tuple(shape), dtype=torch_dtype(dtype), device=self._device)
+
+    def length(self, count: int) -> Any:
+        """Kernels get the plain number."""
+        return count
+
+    def finish(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """Eager functions run as they are. No tensor of this backend requires a gradient, so nothing is recorded."""
+        return function
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CompileError(f"'{name}' is not a device of torch; give 'cpu', 'cuda' or 'cuda:<number>'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CompileError(f"backend torch runs on 'cpu' or 'cuda', not on '{name}'")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise CompileError(f"device '{name}' was asked for, but this torch ({torch.__version__}) sees {count} CUDA devices")
+    return device

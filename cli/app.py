@@ -1,0 +1,83 @@
+"""The command line: commands are put together here, and every error leaves here as a sentence and an exit code.
+
+Exit codes: 0 fine, 1 a check failed, 2 a user's mistake or an unusable file, 130 interrupted, 141 the reader went away.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from deltaloom import __version__
+from deltaloom.cli.chat import chat
+from deltaloom.cli.doctor import doctor
+from deltaloom.cli.generate import generate
+from deltaloom.cli.inspect import inspect
+from deltaloom.cli.ops import ops
+from deltaloom.graph.errors import DeltaloomError
+
+USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+UsageError = typer.BadParameter.__mro__[1]  # typer exports only this subclass of what its parser raises
+
+app = typer.Typer(
+    name="deltaloom",
+    help="A compute-graph compiler and runtime for hybrid delta-rule language models.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120},
+)
+for command in (generate, chat, inspect, ops, doctor):
+    app.command()(command)
+
+
+@app.callback(epilog="Flags are spelled with dashes or underscores. Every command has --help.")
+def top(version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True)) -> None:
+    """A compute-graph compiler and runtime for hybrid delta-rule language models."""
+    if version:
+        print(f"deltaloom {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line given to this process; always raises SystemExit with the code."""
+    raise SystemExit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and give its exit code."""
+    try:
+        code = typer.main.get_command(app).main(list(arguments), prog_name="deltaloom", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except DeltaloomError as error:
+        return fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
+    except UsageError as error:
+        return fail(usage_text(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # what the interpreter still has to write at its exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except MemoryError:
+        return fail("there is not enough memory; a shorter prompt, a smaller --max-batch or a smaller --dtype needs less")
+
+
+def fail(message: str, code: int = USAGE) -> int:
+    """Show an error on standard error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"deltaloom: {message}", file=sys.stderr)
+    return code
+
+
+def usage_text(error: BaseException) -> str:
+    """What the parser found wrong, and where help is."""
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    where = getattr(getattr(error, "ctx", None), "command_path", "deltaloom")
+    return message if not message.strip() or "Usage:" in message else f"{message} (see {where} --help)"
