@@ -97,7 +97,9 @@ def calls(g: Geometry, seq: int) -> list[Call]:
             [normal(1, seq, channels), normal(channels, 1, 4), normal(1, 3, channels).transpose(0, 2, 1)],
         ),
         Call("l2_norm", "l2_norm", {}, [normal(1, seq, g.key_heads, g.width)]),
-        Call("delta_gates", "delta_gates", {}, [*(normal(1, seq, g.value_heads) for _ in range(2)), gates[0][0, 0], gates[1][0, 0]]),
+        Call(
+            "delta_gates", "delta_gates", {}, [*(normal(1, seq, g.value_heads) for _ in range(2)), gates[0][0, 0], gates[1][0, 0]]
+        ),
         Call(
             "gated_delta_rule",
             "gated_delta_rule",

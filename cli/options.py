@@ -10,7 +10,8 @@ RunFile = Annotated[Path | None, typer.Option("--config", help="TOML file with [
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show every setting and where it comes from, and exit.")]
 
 Backend = Annotated[
-    str | None, typer.Option("--backend", "-b", help="numpy, torch or inductor; several by comma, the first that accepts an op runs it.")
+    str | None,
+    typer.Option("--backend", "-b", help="numpy, torch or inductor; several by comma, the first that accepts an op runs it."),
 ]
 DType = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.")]
@@ -25,7 +26,9 @@ CheckWeights = Annotated[
     bool | None, typer.Option("--check-weights/--no-check-weights", help="Read every weight and refuse NaN and infinity.")
 ]
 
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Most tokens to generate; until the context is full if not given.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", help="Most tokens to generate; until the context is full if not given.")
+]
 MinTokens = Annotated[int | None, typer.Option("--min-tokens", help="No end before so many tokens.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="0: always the likeliest token.")]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Smallest set of tokens with this probability.")]

@@ -14,7 +14,6 @@ import deltaloom.backends.numpy.elementwise
 import deltaloom.backends.numpy.linear
 import deltaloom.backends.numpy.moe
 import deltaloom.backends.numpy.norm
-import deltaloom.backends.numpy.rope
 import deltaloom.backends.numpy.shape
 import deltaloom.ops  # noqa: F401  the built-in ops
 from deltaloom.backends.numpy.table import table

@@ -39,15 +39,28 @@ WHEN = (dtype_in("x", f32, f64), is_param("gate_up"), is_param("down"))
 def router_topk(op: Op, logits: Array) -> tuple[Array, Array]:
     """Only the k chosen probabilities are formed: normalised, they need no sum over all experts."""
     routing = cast(_Routing, op)
-    k = routing.k
-    ids = _largest(logits.reshape(-1, logits.shape[-1]), k).reshape(*logits.shape[:-1], k)
-    highest = logits.max(axis=-1, keepdims=True)
-    weights = np.take_along_axis(logits, ids, axis=-1)
+    rows = logits.reshape(-1, logits.shape[-1])
+    if len(rows) == 1:
+        chosen = _largest_of_one(rows[0], routing.k)
+        weights = rows[:, chosen]
+        ids = chosen[None]
+    else:
+        ids = _largest(rows, routing.k)
+        weights = np.take_along_axis(rows, ids, axis=-1)
+    highest = weights[:, :1].copy()
     weights -= highest
     np.exp(weights, out=weights)
-    every = weights if routing.normalize else np.exp(logits - highest)
+    every = weights if routing.normalize else np.exp(rows - highest)
     weights /= every.sum(axis=-1, keepdims=True)
-    return weights, ids.astype(np.int32)
+    shape = (*logits.shape[:-1], routing.k)
+    return weights.reshape(shape), ids.astype(np.int32).reshape(shape)
+
+
+def _largest_of_one(row: Array, k: int) -> Array:
+    """``_largest`` of a single row with a third of the calls."""
+    if len(row) <= SORTED_WHOLE or k == len(row):
+        return (-row).argsort(kind="stable")[:k]
+    return _largest(row[None], k)[0]
 
 
 def _largest(rows: Array, k: int) -> Array:

@@ -1,0 +1,125 @@
+"""Operations that ``torch.compile`` must not look into, because their work depends on data: how many entries a cache holds, which
+experts a token chose, how many chunks a sequence has. Each is a custom op of the namespace ``deltaloom``; what it writes in place
+is declared. The op's class is given by its attributes, since a custom op takes numbers and tensors only."""
+
+from __future__ import annotations
+
+import torch
+
+from deltaloom.backends.torch.attention import append_and_attend
+from deltaloom.backends.torch.delta_rule import advance
+from deltaloom.backends.torch.moe import mix_experts
+from deltaloom.graph.op import Op
+from deltaloom.ops.attention import Attention
+from deltaloom.ops.delta_rule import GatedDeltaRule
+from deltaloom.passes.kernel import Appended, KernelTable, is_param
+
+table = KernelTable("inductor")
+
+
+@torch.library.custom_op("deltaloom::attention", mutates_args=("keys", "values"))
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    return append_and_attend(q, k, v, keys, values, int(length), valid, scale)
+
+
+@_attention.register_fake
+def _attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: torch.Tensor,
+    valid: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+@table.kernel("attention")
+def attention(
+    op: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_cache: Appended,
+    value_cache: Appended,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The length is a tensor, so that it is never a constant of the compiled code."""
+    return _attention(q, k, v, key_cache.data, value_cache.data, key_cache.length, valid, op.scale)
+
+
+@torch.library.custom_op("deltaloom::gated_delta_rule", mutates_args=("state",))
+def _gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return advance(q, k, v, log_decay, beta, state, scale).contiguous()
+
+
+@_gated_delta_rule.register_fake
+def _gated_delta_rule_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return v.new_empty(v.shape)
+
+
+@table.kernel("gated_delta_rule")
+def gated_delta_rule(
+    op: GatedDeltaRule,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state is updated in place."""
+    return _gated_delta_rule(q, k, v, log_decay, beta, state, op.scale), state
+
+
+@torch.library.custom_op("deltaloom::moe_experts", mutates_args=())
+def _moe_experts(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    return mix_experts(x, weights, ids, gate_up, down).contiguous()
+
+
+@_moe_experts.register_fake
+def _moe_experts_fake(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@table.kernel(
+    "moe_experts",
+    when=(is_param("gate_up"), is_param("down")),
+    wants={"gate_up": (0, 2, 1), "down": (0, 2, 1)},
+)
+def moe_experts(
+    op: Op, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Expert weights come as ``[experts, in, out]``."""
+    return _moe_experts(x, weights, ids, gate_up, down)

@@ -1,0 +1,82 @@
+"""``deltaloom doctor``: whether this installation can work, and with what."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from time import perf_counter
+
+import typer
+
+from deltaloom import __version__
+from deltaloom.cli.table import columns
+from deltaloom.graph.errors import DeltaloomError
+
+LIBRARIES = ("numpy", "torch", "networkx", "safetensors", "tokenizers", "ml_dtypes", "jinja2", "typer", "rich")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def doctor() -> None:
+    """Check the installation: versions, backends, the CPU and its BLAS, and whether the bundled model answers."""
+    for title, rows in (("versions", list(versions())), ("backends", list(backends())), ("CPU", list(cpu()))):
+        print(f"{title}\n{columns(rows, indent='  ')}\n")
+    fine, text = bundled_model()
+    print(f"bundled model\n  {text}")
+    if not fine:
+        raise typer.Exit(1)
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """deltaloom, Python and the libraries."""
+    yield "deltaloom", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for name in LIBRARIES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            yield name, "not installed"
+
+
+def backends() -> Iterator[tuple[str, str]]:
+    """Each backend, and why it cannot be used where it cannot."""
+    from deltaloom.backends import TABLE, backend
+
+    for name in TABLE:
+        try:
+            made = backend(name)
+        except DeltaloomError as error:
+            yield name, f"not available: {error}"
+        else:
+            yield name, f"ok, on {made.device}, {len(made.kernels())} kernels"
+
+
+def cpu() -> Iterator[tuple[str, str]]:
+    """Cores, threads and the BLAS that NumPy was built with."""
+    import numpy as np
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "cores", f"{usable} usable of {os.cpu_count()}"
+    for name in THREAD_VARIABLES:
+        if name in os.environ:
+            yield name, os.environ[name]
+    built = np.show_config(mode="dicts")
+    blas = built.get("Build Dependencies", {}).get("blas", {}) if isinstance(built, dict) else {}
+    yield "BLAS", f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+
+
+def bundled_model() -> tuple[bool, str]:
+    """Whether the bundled model loads and answers on NumPy, and a line that says so."""
+    from deltaloom.runtime.llm import LLM
+    from deltaloom.runtime.params import SamplingParams
+
+    started = perf_counter()
+    try:
+        llm = LLM("tiny-next")
+        loaded = perf_counter()
+        question = [{"role": "user", "content": "What is the opposite of hot?"}]
+        result = llm.chat(question, params=SamplingParams(max_tokens=32, temperature=0))
+    except DeltaloomError as error:
+        return False, f"fails: {error}"
+    answer = result.outputs[0].text
+    times = f"loaded in {loaded - started:.2f} s, answered in {perf_counter() - loaded:.2f} s"
+    return "cold" in answer, f"{'ok' if 'cold' in answer else 'wrong answer'}: {answer!r}, {times}"
