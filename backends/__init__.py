@@ -14,7 +14,7 @@ if __name__ != "deltaloom.backends":
 TABLE: dict[str, str] = {
     "numpy": "deltaloom.backends.numpy.backend:NumpyBackend",
     "torch": "deltaloom.backends.torch.backend:TorchBackend",
-    "inductor": "deltaloom.backends.torch.backend:InductorBackend",
+    "inductor": "deltaloom.backends.torch.inductor:InductorBackend",
 }
 """Name -> "module:Class" of the built-in backends; the class is called with ``device`` and ``threads``."""
 

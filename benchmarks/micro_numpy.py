@@ -1,7 +1,8 @@
-"""Time every NumPy kernel at the shapes of a model: ``python benchmarks/micro_numpy.py [tiny-next|next-0.3b] [--threads N] [op ...]``.
+"""Time every NumPy kernel at the shapes of a model.
 
-Prints microseconds of one call for one token and for 512 tokens (medians), beside the op's reference where that takes under a
-second. Weights rotate over 64 MB, so that a decode step reads them from memory as in a real model.
+Run ``python benchmarks/micro_numpy.py [tiny-next|next-0.3b] [--threads N] [--op NAME]``. Prints microseconds of one call for one
+token and for 512 tokens (medians), beside the op's reference for one token. Weights rotate over 64 MB, so that a decode step
+reads them from memory as in a real model.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from deltaloom.cli.ops import ops
 from deltaloom.graph.errors import DeltaloomError
 
 USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-UsageError = typer.BadParameter.__mro__[1]  # typer exports only this subclass of what its parser raises
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this subclass of what its parser raises
 
 app = typer.Typer(
     name="deltaloom",
@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     except DeltaloomError as error:
         return fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
     except UsageError as error:
-        return fail(usage_text(error))
+        return usage_failure(error)
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -76,8 +76,12 @@ def fail(message: str, code: int = USAGE) -> int:
     return code
 
 
-def usage_text(error: BaseException) -> str:
-    """What the parser found wrong, and where help is."""
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
+def usage_failure(error: Exception) -> int:
+    """Say what the parser found wrong and where help is; without any command, show that help."""
+    message = str(getattr(error, "message", error))
+    if "Usage:" in message:
+        print(message, file=sys.stderr)
+        return USAGE
+    shown = error.format_message() if hasattr(error, "format_message") else message
     where = getattr(getattr(error, "ctx", None), "command_path", "deltaloom")
-    return message if not message.strip() or "Usage:" in message else f"{message} (see {where} --help)"
+    return fail(f"{shown} (see {where} --help)")

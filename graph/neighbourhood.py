@@ -27,8 +27,7 @@ def neighbourhood(graph: Graph, fault: Fault) -> str:
     culprit = found[-1]
     first = max(0, culprit - AROUND)
     near = [
-        (text if len(text) <= WIDTH else text[:WIDTH] + " …", comment)
-        for _, text, comment in rows[first : culprit + AROUND + 1]
+        (text if len(text) <= WIDTH else text[:WIDTH] + " …", comment) for _, text, comment in rows[first : culprit + AROUND + 1]
     ]
     width = max(len(text) for text, _ in near)
     lines = []

@@ -62,9 +62,7 @@ class Rewriter:
         origins = _origins(replaces or ((near,) if near is not None else ()))
         types = self._types(op, given)
         if len(types) != len(names):
-            raise GraphError(
-                f"op {op.name} has {len(types)} outputs, but the names {', '.join(names)} were given for it"
-            )
+            raise GraphError(f"op {op.name} has {len(types)} outputs, but the names {', '.join(names)} were given for it")
         taken = self._names()
         outputs = []
         for name, type_ in zip(names, types, strict=True):
@@ -84,8 +82,7 @@ class Rewriter:
         types = self._types(op, given)
         if len(types) != len(old.outputs):
             raise GraphError(
-                f"%{old.name} has {len(old.outputs)} outputs and {op.name} gives {len(types)}; "
-                "insert a node and remove this one"
+                f"%{old.name} has {len(old.outputs)} outputs and {op.name} gives {len(types)}; insert a node and remove this one"
             )
         outputs = tuple(replace(v, type=t) for v, t in zip(old.outputs, types, strict=True))
         self._nodes[position] = replace(
@@ -114,9 +111,7 @@ class Rewriter:
         """Give an input or a node's output another name, which must be free."""
         value = self.current(value)
         if value.kind not in ("node", "input"):
-            raise GraphError(
-                f"{value} cannot be renamed to '{name}': the names of parameters and states are the model's"
-            )
+            raise GraphError(f"{value} cannot be renamed to '{name}': the names of parameters and states are the model's")
         if name in self._names():
             raise GraphError(f"{value} cannot be renamed to '{name}': the name is taken in graph '{self._graph.name}'")
         new = replace(value, name=name)
@@ -197,9 +192,7 @@ class Rewriter:
         for position, known in enumerate(self._nodes):
             if known.name == wanted:
                 return position
-        raise GraphError(
-            f"graph '{self._graph.name}' has no node %{node.name}; it was removed or belongs to another graph"
-        )
+        raise GraphError(f"graph '{self._graph.name}' has no node %{node.name}; it was removed or belongs to another graph")
 
     def _names(self) -> set[str]:
         """Names that a new value may not have: one that was renamed away still finds its node, so it stays taken."""

@@ -148,9 +148,7 @@ class _Reader:
 
     def _value(self, document: Json, kind: ValueKind, where: str) -> Value:
         name = _get(document, "name", str, f"{kind} of {where}")
-        return Value(
-            name, parse_type(_get(document, "type", str, f"{SIGILS[kind]}{name} of {where}"), self._symbols), kind
-        )
+        return Value(name, parse_type(_get(document, "type", str, f"{SIGILS[kind]}{name} of {where}"), self._symbols), kind)
 
     def _state(self, document: Json, where: str) -> State:
         value = self._value(document, "state", where)
@@ -182,17 +180,12 @@ class _Reader:
 
 def _placement(document: Json, where: str) -> Placement:
     try:
-        refusals = tuple(
-            Refusal(str(kernel), str(reason)) for kernel, reason in _get(document, "refusals", list, where)
-        )
+        refusals = tuple(Refusal(str(kernel), str(reason)) for kernel, reason in _get(document, "refusals", list, where))
         layouts = tuple(
-            (int(position), tuple(int(axis) for axis in axes))
-            for position, axes in _get(document, "layouts", list, where)
+            (int(position), tuple(int(axis) for axis in axes)) for position, axes in _get(document, "layouts", list, where)
         )
     except (TypeError, ValueError) as error:
-        raise GraphError(
-            f"the placement of {where} has refusals or layouts that are not lists of pairs: {error}"
-        ) from error
+        raise GraphError(f"the placement of {where} has refusals or layouts that are not lists of pairs: {error}") from error
     backend, kernel = _get(document, "backend", str, where), _get(document, "kernel", str, where)
     return Placement(backend, kernel, refusals, layouts)
 

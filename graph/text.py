@@ -53,9 +53,7 @@ def print_graph(graph: Graph, *, sources: bool = True) -> str:
 
 def symbol_text(symbol: Symbol) -> str:
     """``past >= 0`` or ``1 <= seq <= 4096``."""
-    return (
-        f"{symbol.name} >= {symbol.low}" if symbol.high is None else f"{symbol.low} <= {symbol.name} <= {symbol.high}"
-    )
+    return f"{symbol.name} >= {symbol.low}" if symbol.high is None else f"{symbol.low} <= {symbol.name} <= {symbol.high}"
 
 
 def declaration(value: Value) -> str:

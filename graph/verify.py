@@ -50,9 +50,7 @@ class _Check:
         self.require(bool(NAME.fullmatch(self.graph.name)), _name_rule("graph", self.graph.name))
         for kind, values in self._declared().items():
             for value in values:
-                self.require(
-                    value.kind == kind, f"{value} is declared with the {kind}s, but calls itself a {value.kind}", value
-                )
+                self.require(value.kind == kind, f"{value} is declared with the {kind}s, but calls itself a {value.kind}", value)
                 self._define(value, value)
         for node in self.graph.nodes:
             self._check_node(node)
@@ -66,11 +64,7 @@ class _Check:
 
     def fail(self, message: str, fault: Fault = None) -> NoReturn:
         """Raise a ``VerifyError`` with the lines around ``fault`` and where it was built."""
-        where = (
-            f"graph '{self.graph.name}'"
-            if self.graph is self.top
-            else f"region '{self.graph.name}' of '{self.top.name}'"
-        )
+        where = f"graph '{self.graph.name}'" if self.graph is self.top else f"region '{self.graph.name}' of '{self.top.name}'"
         after = f" after pass '{self.after}'" if self.after else ""
         text = f"{where}{after}: {message}" + neighbourhood(self.graph, fault)
         if isinstance(fault, Node):
@@ -144,14 +138,10 @@ class _Check:
         if len(types) != len(node.outputs):
             self.fail(f"%{node.name} has {len(node.outputs)} outputs, but {_op_text(node)} gives {len(types)}", node)
         for value, type_ in zip(node.outputs, types, strict=True):
-            self.require(
-                value.type == type_, f"{value} has type {value.type}, but {_op_text(node)} gives {type_}", node
-            )
+            self.require(value.type == type_, f"{value} has type {value.type}, but {_op_text(node)} gives {type_}", node)
 
     def _check_call(self, node: Node, call: Call) -> None:
-        self.require(
-            self.graph is self.top, f"%{node.name} calls region '{call.region}' from a region; calls do not nest", node
-        )
+        self.require(self.graph is self.top, f"%{node.name} calls region '{call.region}' from a region; calls do not nest", node)
         if call.region not in self.top.regions:
             has = ", ".join(self.top.regions) or "none"
             self.fail(f"%{node.name} calls region '{call.region}', which does not exist; there is {has}", node)
@@ -193,9 +183,7 @@ class _Check:
     def _check_growth(self, state: State, new: Value, fault: str) -> None:
         old, axis = state.value.type, state.append_axis
         if axis is None:
-            self.require(
-                new.type == old, f"state '{state.name}' is {old} and of fixed size, but its update is {new.type}", fault
-            )
+            self.require(new.type == old, f"state '{state.name}' is {old} and of fixed size, but its update is {new.type}", fault)
             return
         self.require(0 <= axis < old.rank, f"state '{state.name}': {old} has no axis {axis} to append to", state.value)
         same = new.type.dtype == old.dtype and new.type.rank == old.rank
@@ -217,9 +205,7 @@ def _check_calls(check: _Check) -> None:
         if not isinstance(node.op, Call):
             continue
         prefix = node.op.prefix
-        check.require(
-            prefix not in prefixes, f"%{node.name} and %{prefixes.get(prefix)} share the prefix '{prefix}'", node
-        )
+        check.require(prefix not in prefixes, f"%{node.name} and %{prefixes.get(prefix)} share the prefix '{prefix}'", node)
         prefixes[prefix] = node.name
         region = graph.regions[node.op.region]
         for state in region.states:
@@ -241,9 +227,7 @@ def _check_calls(check: _Check) -> None:
 def _check_weights(check: _Check, weights: Graph) -> None:
     """A weight graph computes parameters of its owner from parameters alone."""
     label = f"the weight graph '{weights.name}'"
-    check.require(
-        not weights.inputs and not weights.states, f"{label} has inputs or states; it may have parameters only"
-    )
+    check.require(not weights.inputs and not weights.states, f"{label} has inputs or states; it may have parameters only")
     params = {value.name: value for value in check.graph.params}
     made = {name for name, _ in weights.outputs}
     for value in check.graph.params:

@@ -10,6 +10,7 @@ from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.types import TensorType
 from deltaloom.ops import precision
+from deltaloom.ops.elementwise import gate_numbers
 from deltaloom.ops.laws import PermutationEquivariant
 from deltaloom.ops.precision import wide, wide_dtype, wide_tensor
 from deltaloom.ops.signature import Axes, floating, has_dtype
@@ -57,6 +58,5 @@ class DeltaGates(Op):
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         shape = (draw.integer(1, 3), draw.size(), draw.size())
-        scale = draw.choice(1.0, 30.0)
-        b, a = draw.normal(*shape, scale=scale), draw.normal(*shape, scale=scale)
-        return Case(cls(), (b, a, draw.uniform(-3.0, 3.0, shape[2]), draw.normal(shape[2])))
+        a = draw.normal(*shape, scale=draw.choice(1.0, 30.0))
+        return Case(cls(), (gate_numbers(draw, *shape), a, draw.uniform(-3.0, 3.0, shape[2]), draw.normal(shape[2])))

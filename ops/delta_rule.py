@@ -104,12 +104,13 @@ class GatedDeltaRule(Op):
         q, k = (_unit(draw.normal(batch, seq, key_heads, key_dim)) for _ in range(2))
         if draw.choice(False, True):
             k = np.broadcast_to(k[:, :1], k.shape).copy()
-        v = draw.normal(batch, seq, value_heads, value_dim)
+        v = draw.uniform(-0.3, 5.0, batch, seq, value_heads, value_dim) * draw.choice(1.0, 16.0)
         gate = (batch, seq, value_heads)
         log_decay = draw.uniform(-2.0, 0.0, *gate) * draw.choice(1.0, 10.0, 0.0)
         log_decay = draw.choice(log_decay, np.full(gate, -20.0))
         beta = draw.choice(draw.uniform(0.0, 1.0, *gate), np.ones(gate), np.zeros(gate))
-        state = draw.normal(batch, value_heads, key_dim, value_dim) * draw.choice(1.0, 0.0)
+        # A state far above the values would make the chunked form, which subtracts it at once, lose digits that the definition keeps.
+        state = draw.uniform(-1.0, 1.0, batch, value_heads, key_dim, value_dim) * draw.choice(1.0, 0.0)
         op = cls(scale=draw.choice(key_dim**-0.5, 1.0))
         return Case(op, (q, k, v, log_decay, beta, state), (f32, f32, None, f32, f32, f32))
 
@@ -126,32 +127,34 @@ def chunked_delta_rule(
 ) -> tuple[Array, Array]:
     """The chunked form: arguments and results as ``GatedDeltaRule.reference``, in the dtype of ``state``.
 
-    With G the decays summed inside a chunk and D[i, j] = exp(G[i] - G[j]) for j <= i:
+    With G the log decays summed inside a chunk (in float64: their differences matter, and the sums are large) and D[i, j] = exp(G[i] - G[j]) for j <= i:
     A = strict_lower(beta K K^T * D), U = (I + A)^-1 beta V, W = (I + A)^-1 beta exp(G) K. Then, chunk by chunk,
     N = U - W S, out = exp(G) Q S + (Q K^T * D) N, S = exp(G[-1]) S + (exp(G[-1] - G) K)^T N.
     The last chunk is filled with zeros, which change nothing.
     """
     seq, repeats = v.shape[1], v.shape[2] // k.shape[2]
     chunks = -(-seq // chunk)
+    dtype = state.dtype
     queries = _chunks(q.repeat(repeats, axis=2) * scale, chunks, chunk)
     keys = _chunks(k.repeat(repeats, axis=2), chunks, chunk)
     values, decays, betas = (_chunks(x, chunks, chunk) for x in (wide(v), log_decay[..., None], beta[..., None]))
 
-    total = decays.cumsum(axis=-2)
+    total = decays.cumsum(axis=-2, dtype=np.float64)
+    last = total[..., -1:, :]
     lower = np.tril(np.ones((chunk, chunk), bool))
-    decay = np.exp(np.where(lower, total - total.swapaxes(-1, -2), -np.inf))
+    decay = np.exp(np.where(lower, total - total.swapaxes(-1, -2), -np.inf)).astype(dtype)
+    since_start, until_end, whole = (np.exp(x).astype(dtype) for x in (total, last - total, last))
     strict = np.tril(betas * (keys @ keys.swapaxes(-1, -2)) * decay, -1)
-    sides = np.concatenate([betas * values, betas * np.exp(total) * keys], axis=-1)
-    solved = np.linalg.solve(strict + np.eye(chunk, dtype=strict.dtype), sides)
+    sides = np.concatenate([betas * values, betas * since_start * keys], axis=-1)
+    solved = np.linalg.solve(strict + np.eye(chunk, dtype=dtype), sides)
     u, w = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     scores = (queries @ keys.swapaxes(-1, -2)) * decay
 
     out = np.empty_like(values)
     for n in range(chunks):
         new = u[n] - w[n] @ state
-        out[n] = (np.exp(total[n]) * queries[n]) @ state + scores[n] @ new
-        last = total[n, ..., -1:, :]
-        state = np.exp(last) * state + (np.exp(last - total[n]) * keys[n]).swapaxes(-1, -2) @ new
+        out[n] = (since_start[n] * queries[n]) @ state + scores[n] @ new
+        state = whole[n] * state + (until_end[n] * keys[n]).swapaxes(-1, -2) @ new
     joined = out.transpose(1, 0, 3, 2, 4).reshape(v.shape[0], chunks * chunk, *v.shape[2:])
     return joined[:, :seq].astype(v.dtype), state
 
@@ -182,11 +185,13 @@ def _torch_chunked(torch: Any, q: Any, k: Any, v: Any, log_decay: Any, beta: Any
 
     queries, keys, values = chunks(q), chunks(k), chunks(v)
     decays, betas = chunks(log_decay[..., None]), chunks(beta[..., None])
-    total = decays.cumsum(-2)
+    total = decays.cumsum(-2, dtype=torch.float64)
+    last = total[..., -1:, :]
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
-    decay = (total - total.mT).masked_fill(~lower, float("-inf")).exp()
+    decay = (total - total.mT).masked_fill(~lower, float("-inf")).to(state.dtype).exp()
+    since_start, until_end, whole = (x.exp().to(state.dtype) for x in (total, last - total, last))
     strict = (betas * (keys @ keys.mT) * decay).tril(-1)
-    sides = torch.cat([betas * values, betas * total.exp() * keys], dim=-1)
+    sides = torch.cat([betas * values, betas * since_start * keys], dim=-1)
     solved = torch.linalg.solve_triangular(strict, sides, upper=False, unitriangular=True)
     u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     scores = (queries @ keys.mT) * decay
@@ -194,9 +199,8 @@ def _torch_chunked(torch: Any, q: Any, k: Any, v: Any, log_decay: Any, beta: Any
     out = []
     for n in range(total.shape[1]):
         new = u[:, n] - w[:, n] @ state
-        out.append((total[:, n].exp() * queries[:, n]) @ state + scores[:, n] @ new)
-        last = total[:, n, :, -1:]
-        state = last.exp() * state + ((last - total[:, n]).exp() * keys[:, n]).mT @ new
+        out.append((since_start[:, n] * queries[:, n]) @ state + scores[:, n] @ new)
+        state = whole[:, n] * state + (until_end[:, n] * keys[:, n]).mT @ new
     return torch.stack(out, dim=1).transpose(2, 3).flatten(1, 2)[:, :seq], state
 
 

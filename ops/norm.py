@@ -9,6 +9,7 @@ import numpy as np
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.types import TensorType, f32
 from deltaloom.ops import precision
+from deltaloom.ops.elementwise import gate_numbers
 from deltaloom.ops.precision import wide, wide_dtype, wide_tensor
 from deltaloom.ops.signature import Axes, floating, has_dtype
 
@@ -99,7 +100,9 @@ class GatedRMSNorm(Op):
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         shape = (draw.size(), draw.size(5), draw.size(70))
-        arrays = (draw.normal(*shape), draw.normal(*shape), draw.normal(shape[-1]))
+        x, gate, weight = draw.normal(*shape), gate_numbers(draw, *shape), draw.uniform(0.5, 1.5, shape[-1])
+        x.flat[0] = 1.0
+        arrays = (x, gate, weight)
         return Case(cls(eps=draw.choice(1e-6, 1e-2)), arrays)
 
 

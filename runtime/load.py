@@ -48,7 +48,7 @@ def load(
     folder = model_folder(model)
     shape = read_config(folder, hf_overrides)
     options = with_overrides(config or CompileConfig(), backend, dtype)
-    limit = max_model_len or shape.max_position_embeddings
+    limit = shape.max_position_embeddings if max_model_len is None else max_model_len
     require(limit >= 1, f"max_model_len is {max_model_len}, expected at least 1", ConfigError)
     ctx = context(options, shape)
     checkpoint = Checkpoint.open(folder)

@@ -11,7 +11,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from deltaloom.backends.numpy.table import table
-from deltaloom.backends.numpy.threads import team
+from deltaloom.backends.numpy.threads import share, team
 from deltaloom.graph.op import Array, Op
 from deltaloom.graph.types import f32, f64
 from deltaloom.passes.kernel import Appended, dtype_in, size
@@ -67,8 +67,7 @@ def attention_step(
             np.copyto(total, 1, where=total == 0)
         part /= total
 
-    threads = team(batch * query_heads * columns * width >= WORK)
-    threads.map(run, threads.parts(key_heads))
+    share(run, key_heads, worth=batch * query_heads * columns * width >= WORK)
     return out.reshape(batch, 1, query_heads, values.shape[-1])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from deltaloom.backends.numpy.elementwise import logistic
 from deltaloom.backends.numpy.table import table
-from deltaloom.backends.numpy.threads import slices, team
+from deltaloom.backends.numpy.threads import share, slices, team
 from deltaloom.backends.numpy.triangular import unit_lower_inverse
 from deltaloom.graph.op import Array, Op
 from deltaloom.graph.types import f32, f64
@@ -78,8 +78,7 @@ def delta_step(op: Op, q: Array, k: Array, v: Array, log_decay: Array, beta: Arr
         old *= g[..., None]
         old += key[..., None] * delta[..., None, :]
 
-    threads = team(state.size >= STEP_WORK)
-    threads.map(run, threads.parts(key_heads))
+    share(run, key_heads, worth=state.size >= STEP_WORK)
     return out.reshape(v.shape).astype(v.dtype, copy=False), state
 
 

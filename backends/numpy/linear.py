@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from deltaloom.backends.numpy.table import table
-from deltaloom.backends.numpy.threads import pool
+from deltaloom.backends.numpy.threads import pool, slices
 from deltaloom.graph.op import Array, Op
 from deltaloom.graph.types import f32, f64
 from deltaloom.passes.kernel import dtype_in, is_param
@@ -41,7 +41,9 @@ def shared_product(x: Array, weight: Array, out: Array) -> None:
     if team.n == 1 or inner * columns * rows < (STREAM if rows <= FEW_ROWS else WORK):
         product(x, weight, out)
         return
-    team.map(lambda part: product(x, weight[:, part], out[:, part]), team.parts(columns, unit=16))
+    # Two parts a thread where they are wide: when another program takes one of the cores, the other thread does more.
+    count = team.n * (2 if columns >= 1024 * team.n else 1)
+    team.map(lambda part: product(x, weight[:, part], out[:, part]), slices(columns, count, 16))
 
 
 def _linear(x: Array, weight: Array, bias: Array | None) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 from deltaloom.backends.numpy.elementwise import swiglu_into
 from deltaloom.backends.numpy.linear import STREAM, WORK, product
 from deltaloom.backends.numpy.table import table
-from deltaloom.backends.numpy.threads import slices, team
+from deltaloom.backends.numpy.threads import share, slices, team
 from deltaloom.graph.op import Array, Op
 from deltaloom.graph.types import f32, f64
 from deltaloom.passes.kernel import dtype_in, is_param
@@ -59,8 +59,10 @@ def router_topk(op: Op, logits: Array) -> tuple[Array, Array]:
 def _largest_of_one(row: Array, k: int) -> Array:
     """``_largest`` of a single row with a third of the calls."""
     if len(row) <= SORTED_WHOLE or k == len(row):
-        return (-row).argsort(kind="stable")[:k]
-    return _largest(row[None], k)[0]
+        order: Array = (-row).argsort(kind="stable")
+        return order[:k]
+    found: Array = _largest(row[None], k)[0]
+    return found
 
 
 def _largest(rows: Array, k: int) -> Array:
@@ -110,8 +112,7 @@ def _one_token(out: Array, x: Array, weights: Array, ids: Array, gate_up: Array,
         for expert, row, target in zip(experts[part], middle, results[part, None]):
             np.matmul(row, down[expert], out=target)
 
-    threads = team(3 * len(experts) * inner * x.shape[1] >= STREAM)
-    threads.map(run, threads.parts(len(experts)))
+    share(run, len(experts), worth=3 * len(experts) * inner * x.shape[1] >= STREAM)
     np.matmul(weights[order], results, out=out[0])
 
 

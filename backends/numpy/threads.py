@@ -81,10 +81,6 @@ class Pool:
         if errors:
             raise errors[0]
 
-    def parts(self, length: int, *, unit: int = 1) -> list[slice]:
-        """``length`` in ``n`` nearly equal slices whose borders are multiples of ``unit``; fewer when it is short."""
-        return slices(length, self.n, unit)
-
     def _started(self, count: int) -> Sequence[_Worker]:
         while len(self._workers) < count:
             self._workers.append(_Worker())
@@ -139,6 +135,14 @@ def pool() -> Pool:
 def team(worth: bool) -> Pool:
     """The pool of the process for work that is worth handing over, else the caller alone."""
     return _pool if worth else _alone
+
+
+def share(run: Callable[[slice], object], length: int, *, worth: bool) -> None:
+    """``run`` over ``length`` at once on the caller's thread, or, if it is ``worth`` it, in equal slices over the pool."""
+    if worth and _pool.n > 1:
+        _pool.map(run, slices(length, _pool.n))
+    else:
+        run(slice(0, length))
 
 
 def use_threads(n: int | None) -> Pool:

@@ -34,10 +34,10 @@ class TorchBackend:
     name = "torch"
     compiles = False
 
-    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, device: str | None = None, threads: int | None = None) -> None:
         """Raises ``CompileError`` for a device that this torch does not have, ``ConfigError`` for a number of threads below 1."""
-        self.device = device
-        self._device = _device(device)
+        self.device = device or "cpu"
+        self._device = _device(self.device)
         if threads is not None:
             if threads < 1:
                 raise ConfigError(f"threads is {threads}; it must be 1 or more")

@@ -9,7 +9,7 @@ import torch
 
 from deltaloom.graph.op import Op
 from deltaloom.graph.registry import ops
-from deltaloom.passes.kernel import Appended, Kernel
+from deltaloom.passes.kernel import Kernel
 
 TITLE = "portable"
 
@@ -22,26 +22,32 @@ def portable_kernels(backend: str, *, appending: bool) -> list[Kernel]:
 
 def _adapter(op: type[Op]) -> Callable[..., Any]:
     """A kernel function around the rule of ``op``; the rule is functional and knows nothing of buffers."""
-    if not op.appends:
+    if not op.updates:
         return run
     names, updates, axes = op.input_names(), dict(op.updates), dict(op.appends)
 
-    def run_appending(instance: Op, *inputs: Any) -> Any:
-        """Gives the rule the filled part of every buffer, and writes what its result has more behind it."""
-        given, buffers = list(inputs), {}
-        for position, (name, value) in enumerate(zip(names, inputs)):
-            if name in axes and isinstance(value, Appended):
-                length = int(value.length)
-                given[position] = value.data.narrow(axes[name], 0, length)
-                buffers[updates[name]] = (value.data, axes[name], length)
-        results = instance.torch(torch, *given)  # type: ignore[misc]
-        for output, (data, axis, length) in buffers.items():
-            more = results[output].shape[axis] - length
-            data.narrow(axis, length, more).copy_(results[output].narrow(axis, length, more))
-        kept = tuple(value for output, value in enumerate(results) if output not in buffers)
+    def run_updating(instance: Op, *inputs: Any) -> Any:
+        """Gives the rule the filled part of every buffer, and writes what its result has more behind it. Fixed states are
+        overwritten, so that a state stays where it is and is no view of something larger."""
+        states = {name: position for position, name in enumerate(names) if name in updates}
+        given = list(inputs)
+        for name, axis in axes.items():
+            data, length = inputs[states[name]]
+            given[states[name]] = data.narrow(axis, 0, int(length))
+        results = list(instance.torch(torch, *given))  # type: ignore[misc]
+        for name, position in states.items():
+            new = results[updates[name]]
+            if name in axes:
+                data, length = inputs[position][0], int(inputs[position][1])
+                more = new.shape[axes[name]] - length
+                data.narrow(axes[name], length, more).copy_(new.narrow(axes[name], length, more))
+            else:
+                results[updates[name]] = inputs[position].copy_(new)
+        appended = {updates[name] for name in axes}
+        kept = tuple(value for output, value in enumerate(results) if output not in appended)
         return kept[0] if len(kept) == 1 else kept
 
-    return run_appending
+    return run_updating
 
 
 def run(op: Op, *inputs: Any) -> Any:

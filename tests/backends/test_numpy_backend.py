@@ -60,7 +60,7 @@ def test_an_unknown_backend_names_those_there_are():
 @pytest.mark.parametrize("name", ["torch", "inductor"])
 def test_without_torch_the_error_says_how_to_install_it(monkeypatch, name):
     monkeypatch.setattr(deltaloom.backends, "find_spec", lambda package: None)
-    with pytest.raises(CompileError, match=r"'%s' needs the package torch.*pip install 'deltaloom\[torch\]'" % name):
+    with pytest.raises(CompileError, match=rf"'{name}' needs the package torch.*pip install 'deltaloom\[torch\]'"):
         backend(name)
 
 

@@ -83,7 +83,9 @@ def test_damage_is_refused(sample: Graph, registry: Any, path: tuple[Any, ...], 
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "sentence"), [("{", "not legal JSON"), ("[]", "the JSON graph is list"), ("{}", "has no 'format'")])
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("{", "not legal JSON"), ("[]", "the JSON graph is list"), ("{}", "has no 'format'")]
+)
 def test_other_texts_are_refused(text: str, sentence: str) -> None:
     with pytest.raises(GraphError, match=sentence):
         from_json(text)
@@ -95,3 +97,19 @@ def test_infinite_attributes_are_legal_json(sample: Graph, registry: Any) -> Non
     graph = replace(sample, nodes=(*sample.nodes[:3], node))
     assert "Infinity" not in to_json(graph)
     assert from_json(to_json(graph), registry=registry) == graph
+
+
+@given(data=st.data())
+def test_any_damaged_json_is_read_or_refused_with_a_graph_error(data: st.DataObject, sample: Graph, registry: Any) -> None:
+    document = json.loads(to_json(sample))
+    at = document
+    while True:
+        key = data.draw(st.sampled_from(list(at) if isinstance(at, dict) else list(range(len(at)))))
+        if not isinstance(at[key], (dict, list)) or not at[key] or not data.draw(st.integers(0, 5)):
+            break
+        at = at[key]
+    at[key] = data.draw(st.sampled_from([None, 0, -1, 9, 1.5, "", "x", "%x", [], {}, [1], {"name": "x"}, True, "f32[batch]"]))
+    try:
+        from_json(json.dumps(document), registry=registry)
+    except GraphError as error:
+        assert str(error)

@@ -96,7 +96,11 @@ DAMAGES = [
     ("  # mixer\n", "  # mixer gate\n", "nothing more was expected on this line"),
     ("region layer", "region other", "calls region 'layer', which does not exist; there is other"),
     ("add(%x, %act)", "add(%x, %gate, %act)", "op add takes 2 inputs (x, y), got 3"),
-    ("%out: f32[batch, seq, 4] =", "%out: f32[batch, seq, 5] =", "%out has type f32[batch, seq, 5], but add gives f32[batch, seq, 4]"),
+    (
+        "%out: f32[batch, seq, 4] =",
+        "%out: f32[batch, seq, 5] =",
+        "%out has type f32[batch, seq, 5], but add gives f32[batch, seq, 4]",
+    ),
 ]
 
 
@@ -117,9 +121,7 @@ def test_an_empty_text_is_refused(text: str) -> None:
 def test_an_error_shows_the_line_and_the_place(text: str, registry: Any) -> None:
     with pytest.raises(GraphError) as caught:
         parse_graph(text.replace("hidden = %norm", "hidden = norm"), registry=registry)
-    assert str(caught.value) == (
-        "line 14: expected a value such as %x, @weight or $state\n    hidden = norm\n             ^"
-    )
+    assert str(caught.value) == ("line 14: expected a value such as %x, @weight or $state\n    hidden = norm\n             ^")
 
 
 @given(data=st.data())

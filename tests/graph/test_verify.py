@@ -50,6 +50,24 @@ def with_nodes(graph: Graph, *nodes: Node) -> Graph:
     return replace(graph, nodes=(*graph.nodes, *nodes))
 
 
+def shrunk(region: Graph) -> Graph:
+    """The append state gets fewer columns than it has."""
+    seen = Value("seen", f32[BATCH, PAST + SEQ, 4], "state")
+    kept = without(region, "seen_now")
+    return replace(state(kept, "seen", value=seen), updates=(region.updates[0], ("seen", X)))
+
+
+def owned_total(graph: Graph) -> Graph:
+    """The top level owns a state with the name of one of a layer."""
+    update = Node(Add(), (TOTAL.value, TOTAL.value), (TWICE,))
+    return replace(with_nodes(graph, update), states=(TOTAL,), updates=((TOTAL.name, TWICE),))
+
+
+def weighted(graph: Graph, *outputs: tuple[str, Value]) -> Graph:
+    """The graph with a weight graph that gives ``outputs``."""
+    return replace(graph, weights=Graph("w", params=graph.params, outputs=outputs))
+
+
 EMBED = Value("embed", PLAIN)
 X = Value("x", PLAIN, "input")
 OTHER = Graph("other", inputs=(X,), outputs=(("out", X),))
@@ -58,11 +76,26 @@ TWICE = Value("twice", f32[BATCH, 4])
 
 DAMAGES: list[tuple[str, Callable[[Graph], Graph]]] = [
     ("%layers.0.out uses %embed, which is not defined", lambda g: without(g, "embed")),
-    ("%layers.0.out uses %layers.1.out, which is used before it is defined", lambda g: node(g, "layers.0.out", inputs=(value(g, "layers.1.out"),))),
-    ("%norm uses %layers.1.out as bf16[batch, seq, 4], but it was defined as f32[batch, seq, 4]", lambda g: node(g, "norm", inputs=(Value("layers.1.out", bf16[BATCH, SEQ, 4]), g.params[1]))),
-    ("%norm uses %layers.1.out as input, but it was defined as node", lambda g: node(g, "norm", inputs=(Value("layers.1.out", PLAIN, "input"), g.params[1]))),
-    ("%norm has type bf16[batch, seq, 4], but rms_norm gives f32[batch, seq, 4]", lambda g: node(g, "norm", outputs=(Value("norm", bf16[BATCH, SEQ, 4]),))),
-    ("%norm is refused: op rms_norm takes 2 inputs (x, weight), got 1", lambda g: node(g, "norm", inputs=(value(g, "layers.1.out"),))),
+    (
+        "%layers.0.out uses %layers.1.out, which is used before it is defined",
+        lambda g: node(g, "layers.0.out", inputs=(value(g, "layers.1.out"),)),
+    ),
+    (
+        "%norm uses %layers.1.out as bf16[batch, seq, 4], but it was defined as f32[batch, seq, 4]",
+        lambda g: node(g, "norm", inputs=(Value("layers.1.out", bf16[BATCH, SEQ, 4]), g.params[1])),
+    ),
+    (
+        "%norm uses %layers.1.out as input, but it was defined as node",
+        lambda g: node(g, "norm", inputs=(Value("layers.1.out", PLAIN, "input"), g.params[1])),
+    ),
+    (
+        "%norm has type bf16[batch, seq, 4], but rms_norm gives f32[batch, seq, 4]",
+        lambda g: node(g, "norm", outputs=(Value("norm", bf16[BATCH, SEQ, 4]),)),
+    ),
+    (
+        "%norm is refused: op rms_norm takes 2 inputs (x, weight), got 1",
+        lambda g: node(g, "norm", inputs=(value(g, "layers.1.out"),)),
+    ),
     ("%gate has 1 outputs, but split gives 2", lambda g: layer(g, lambda r: node(r, "gate", outputs=r.nodes[1].outputs[:1]))),
     ("%embed is defined twice", lambda g: node(g, "layers.0.out", outputs=(EMBED,))),
     ("%ids is defined twice", lambda g: node(g, "embed", outputs=(Value("ids", PLAIN),))),
@@ -74,19 +107,43 @@ DAMAGES: list[tuple[str, Callable[[Graph], Graph]]] = [
     ("the output name '' is not legal", lambda g: replace(g, outputs=(("", EMBED),))),
     ("output 'hidden' is given twice", lambda g: replace(g, outputs=g.outputs * 2)),
     ("output 'hidden' uses %lost, which is not defined", lambda g: replace(g, outputs=(("hidden", Value("lost", PLAIN)),))),
-    ("%ids is declared with the inputs, but calls itself a param", lambda g: replace(g, inputs=(replace(g.inputs[0], kind="param"),))),
-    ("@made is made by a node, but calls itself a param", lambda g: with_nodes(g, Node(Silu(), (EMBED,), (Value("made", PLAIN, "param"),)))),
+    (
+        "@ids is declared with the inputs, but calls itself a param",
+        lambda g: replace(g, inputs=(replace(g.inputs[0], kind="param"),)),
+    ),
+    (
+        "@made is made by a node, but calls itself a param",
+        lambda g: with_nodes(g, Node(Silu(), (EMBED,), (Value("made", PLAIN, "param"),))),
+    ),
     ("silu has no outputs", lambda g: with_nodes(g, Node(Silu(), (EMBED,), ()))),
-    ("attribute 'eps' of %norm = rms_norm is a float64; expected numbers", lambda g: node(g, "norm", op=RMSNorm(eps=np.float64(1e-6)))),
+    (
+        "attribute 'eps' of %norm = rms_norm is a float64; expected numbers",
+        lambda g: node(g, "norm", op=RMSNorm(eps=np.float64(1e-6))),
+    ),
     ("attribute 'eps' of %norm = rms_norm is not a number", lambda g: node(g, "norm", op=RMSNorm(eps=float("nan")))),
     ("calls region 'none', which does not exist; there is layer", lambda g: with_nodes(g, call("a", "none", "a.", EMBED))),
     ("gives 2 inputs to region 'layer', which takes 1", lambda g: node(g, "layers.0.out", inputs=(EMBED, EMBED))),
-    ("gives %ids: i64[batch, seq] to region 'layer', whose input is %x: f32[batch, seq, 4]", lambda g: node(g, "layers.0.out", inputs=g.inputs)),
-    ("%layers.0.out has 2 outputs, but region 'layer' gives 1", lambda g: node(g, "layers.0.out", outputs=(value(g, "layers.0.out"), Value("more", PLAIN)))),
-    ("%layers.1.out and %layers.0.out share the prefix 'layers.0.'", lambda g: node(g, "layers.1.out", op=Call(region="layer", prefix="layers.0."))),
-    ("%layers.1.out shares state 'layers.1.total' with the top level", lambda g: replace(g, states=(TOTAL,), updates=((TOTAL.name, TWICE),), nodes=(Node(Add(), (TOTAL.value, TOTAL.value), (TWICE,)), *g.nodes))),
-    ("%layers.0.out has parameter 'layers.0.proj.weight' as f32[8, 4], another use as f32[4]", lambda g: replace(g, params=(*g.params, Value("layers.0.proj.weight", f32[(4,)], "param")))),
-    ("calls region 'layer' from a region; calls do not nest", lambda g: layer(g, lambda r: with_nodes(r, call("a", "layer", "a.", X)))),
+    (
+        "gives %ids: i64[batch, seq] to region 'layer', whose input is %x: f32[batch, seq, 4]",
+        lambda g: node(g, "layers.0.out", inputs=g.inputs),
+    ),
+    (
+        "%layers.0.out has 2 outputs, but region 'layer' gives 1",
+        lambda g: node(g, "layers.0.out", outputs=(value(g, "layers.0.out"), Value("more", PLAIN))),
+    ),
+    (
+        "%layers.1.out and %layers.0.out share the prefix 'layers.0.'",
+        lambda g: node(g, "layers.1.out", op=Call(region="layer", prefix="layers.0.")),
+    ),
+    ("%layers.1.out shares state 'layers.1.total' with the top level", owned_total),
+    (
+        "%layers.0.out has parameter 'layers.0.proj.weight' as f32[8, 4], another use as f32[4]",
+        lambda g: replace(g, params=(*g.params, Value("layers.0.proj.weight", f32[(4,)], "param"))),
+    ),
+    (
+        "calls region 'layer' from a region; calls do not nest",
+        lambda g: layer(g, lambda r: with_nodes(r, call("a", "layer", "a.", X))),
+    ),
     ("region 'layer' owns regions itself", lambda g: layer(g, lambda r: replace(r, regions={"other": OTHER}))),
     ("the region called 'layer' names itself 'other'", lambda g: layer(g, lambda r: replace(r, name="other"))),
     ("region 'layer' has no outputs", lambda g: layer(g, lambda r: replace(r, outputs=()))),
@@ -94,18 +151,42 @@ DAMAGES: list[tuple[str, Callable[[Graph], Graph]]] = [
     ("state 'total' is never updated", lambda g: layer(g, lambda r: replace(r, updates=r.updates[1:]))),
     ("state 'total' is updated twice", lambda g: layer(g, lambda r: replace(r, updates=(*r.updates, r.updates[0])))),
     ("'out' is updated, but is no state", lambda g: layer(g, lambda r: replace(r, updates=(*r.updates, ("out", X))))),
-    ("state 'total' is f32[batch, 4] and of fixed size, but its update is f32[batch, seq, 4]", lambda g: layer(g, lambda r: replace(r, updates=(("total", X), r.updates[1])))),
-    ("state 'seen' is f32[batch, past + seq, 4] and grows along axis 1, but its update is f32[batch, seq, 4]", lambda g: layer(g, lambda r: node(state(r, "seen", value=Value("seen", f32[BATCH, PAST + SEQ, 4], "state")), "seen_now", inputs=(X,), op=Silu(), outputs=(Value("seen_now", PLAIN),)))),
-    ("grows along axis 0, but its update is f32[batch, past + seq, 4]", lambda g: layer(g, lambda r: state(r, "seen", append_axis=0))),
+    (
+        "state 'total' is f32[batch, 4] and of fixed size, but its update is f32[batch, seq, 4]",
+        lambda g: layer(g, lambda r: replace(r, updates=(("total", X), r.updates[1]))),
+    ),
+    (
+        "state 'seen' is f32[batch, past + seq, 4] and grows along axis 1, but its update is f32[batch, seq, 4]",
+        lambda g: layer(g, shrunk),
+    ),
+    (
+        "grows along axis 0, but its update is f32[batch, past + seq, 4]",
+        lambda g: layer(g, lambda r: state(r, "seen", append_axis=0)),
+    ),
     ("state 'seen': f32[batch, past, 4] has no axis 3 to append to", lambda g: layer(g, lambda r: state(r, "seen", append_axis=3))),
-    ("symbol 'batch' is 2 or more in %extra: f32[batch], but 1 or more before", lambda g: replace(g, inputs=(*g.inputs, Value("extra", f32[(symbol("batch", 2),)], "input")))),
-    ("symbol 'seq' is 1 to 9 in %extra: f32[seq], but 1 to 64 before", lambda g: replace(g, inputs=(*g.inputs, Value("extra", f32[(symbol("seq", 1, 9),)], "input")))),
+    (
+        "symbol 'batch' is 2 or more in %extra: f32[batch], but 1 or more before",
+        lambda g: replace(g, inputs=(*g.inputs, Value("extra", f32[(symbol("batch", 2),)], "input"))),
+    ),
+    (
+        "symbol 'seq' is 1 to 9 in %extra: f32[seq], but 1 to 64 before",
+        lambda g: replace(g, inputs=(*g.inputs, Value("extra", f32[(symbol("seq", 1, 9),)], "input"))),
+    ),
     ("the weight graph 'w' does not give @embed.weight", lambda g: replace(g, weights=Graph("w"))),
-    ("the weight graph 'w' gives 'lost', which is no parameter", lambda g: replace(g, weights=Graph("w", params=g.params, outputs=(*((p.name, p) for p in g.params), ("lost", g.params[0]))))),
-    ("the weight graph 'w' gives 'embed.weight' as f32[4], not f32[7, 4]", lambda g: replace(g, weights=Graph("w", params=g.params, outputs=(("embed.weight", g.params[1]), ("norm.weight", g.params[1]))))),
+    (
+        "the weight graph 'w' gives 'lost', which is no parameter",
+        lambda g: weighted(g, *((p.name, p) for p in g.params), ("lost", g.params[0])),
+    ),
+    (
+        "the weight graph 'w' gives 'embed.weight' as f32[4], not f32[7, 4]",
+        lambda g: weighted(g, ("embed.weight", g.params[1]), ("norm.weight", g.params[1])),
+    ),
     ("has inputs or states; it may have parameters only", lambda g: replace(g, weights=Graph("w", inputs=g.inputs))),
-    ("graph 'w': output 'a' uses @embed.weight, which is not defined", lambda g: replace(g, weights=Graph("w", outputs=(("a", g.params[0]),)))),
-]  # fmt: skip
+    (
+        "graph 'w': output 'a' uses @embed.weight, which is not defined",
+        lambda g: replace(g, weights=Graph("w", outputs=(("a", g.params[0]),))),
+    ),
+]
 
 
 def test_the_sample_is_legal(sample: Graph) -> None:
@@ -168,7 +249,9 @@ def test_random_graphs_are_legal_and_random_damage_is_not(data: st.DataObject, r
         "lost": others,
         "twice": [*others, victim, victim],
         "retyped": [replace(victim, outputs=(replace(first, type=bf16[(3,)]), *victim.outputs[1:]))],
-        "renamed": [replace(n, outputs=tuple(replace(v, name=v.name + ".x") for v in n.outputs)) if n is victim else n for n in graph.nodes],
+        "renamed": [
+            replace(n, outputs=tuple(replace(v, name=v.name + ".x") for v in n.outputs)) if n is victim else n for n in graph.nodes
+        ],
         "last first": [graph.nodes[-1], *graph.nodes[:-1]],
     }[kind]
     made = {v for n in graph.nodes[:-1] for v in n.outputs}

@@ -1,6 +1,8 @@
-"""Operations that ``torch.compile`` must not look into, because their work depends on data: how many entries a cache holds, which
-experts a token chose, how many chunks a sequence has. Each is a custom op of the namespace ``deltaloom``; what it writes in place
-is declared. The op's class is given by its attributes, since a custom op takes numbers and tensors only."""
+"""Kernels for compiled segments.
+
+``torch.compile`` must not look into what depends on data: how many entries a cache holds, which experts a token chose, how many
+chunks a sequence has. Each of these is a custom op of the namespace ``deltaloom`` that declares what it writes in place.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,17 @@ import torch
 
 from deltaloom.backends.torch.attention import append_and_attend
 from deltaloom.backends.torch.delta_rule import advance
+from deltaloom.backends.torch.linear import linear_packed
 from deltaloom.backends.torch.moe import mix_experts
+from deltaloom.backends.torch.table import wide
 from deltaloom.graph.op import Op
 from deltaloom.ops.attention import Attention
+from deltaloom.ops.convolution import CausalConv1d
 from deltaloom.ops.delta_rule import GatedDeltaRule
 from deltaloom.passes.kernel import Appended, KernelTable, is_param
 
 table = KernelTable("inductor")
+table.kernel("linear", when=(is_param("weight"),), wants={"weight": (1, 0)})(linear_packed)
 
 
 @torch.library.custom_op("deltaloom::attention", mutates_args=("keys", "values"))
@@ -123,3 +129,18 @@ def moe_experts(
 ) -> torch.Tensor:
     """Expert weights come as ``[experts, in, out]``."""
     return _moe_experts(x, weights, ids, gate_up, down)
+
+
+@table.kernel("causal_conv1d", when=(is_param("weight"),), wants={"weight": (2, 1, 0)})
+def causal_conv1d(
+    op: CausalConv1d, x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The taps as one sum, which the compiler fuses. The weight comes as ``[taps, 1, channels]``; the state is shifted in place."""
+    seq = x.shape[1]
+    rows = torch.cat((state.transpose(1, 2), x), 1)
+    y = wide(rows[:, :seq]) * weight[0]
+    for tap in range(1, weight.shape[0]):
+        y = y + wide(rows[:, tap : tap + seq]) * weight[tap]
+    state.copy_(rows[:, seq:].transpose(1, 2))
+    y = y.to(x.dtype)
+    return (torch.nn.functional.silu(y) if op.activation == "silu" else y), state
