@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", action="append", required=True, metavar="NAME=PROGRAM", help="repeat for each")
+    parser.add_argument("--json", type=Path, help="write every round's figures here")
     arguments = parser.parse_args(words[:border])
     commands = dict(engine.partition("=")[::2] for engine in arguments.engine)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
@@ -61,6 +62,9 @@ def main() -> None:
             rounds[name].append(run(command, arguments.checkpoint, words[border + 1 :]))
             print(f"round {number + 1} of {arguments.rounds}: {name} {rounds[name][-1]}", file=sys.stderr)
     print(table(rounds))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"checkpoint": arguments.checkpoint, "rounds": rounds}, indent=1))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,16 @@ def limit_threads(threads: int) -> None:
         os.environ[variable] = str(threads)
 
 
+def blas() -> str:
+    """The BLAS kernels that NumPy runs, where threadpoolctl is installed to tell: they move figures by more than noise."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return "unknown (install threadpoolctl)"
+    pools = [pool for pool in threadpool_info() if pool.get("user_api") == "blas"]
+    return ", ".join(f"{pool['internal_api']} {pool.get('version')} {pool.get('architecture')}" for pool in pools)
+
+
 def circumstances(arguments: argparse.Namespace, engine: str, load_seconds: float) -> dict[str, object]:
     """What a figure cannot be read without."""
     return {
@@ -76,6 +86,7 @@ def circumstances(arguments: argparse.Namespace, engine: str, load_seconds: floa
         "checkpoint": arguments.checkpoint.name,
         "dtype": arguments.dtype,
         "threads": arguments.threads,
+        "blas": blas(),
         "load_s": round(load_seconds, 2),
         "machine_load": round(os.getloadavg()[0], 2),
     }

@@ -169,7 +169,7 @@ def _flag_value(name: str, value: Any) -> Any:
         found = json.loads(value)
     except ValueError as error:
         raise ConfigError(f"--hf-overrides is not valid JSON: {error}") from None
-    _check_kind("hf_overrides", found, "--")
+    _check_kind("hf_overrides", found, "the flag --hf-overrides: ")
     return found
 
 

@@ -10,6 +10,7 @@ if __name__ != "deltaloom.ops":
 
 TABLE: dict[str, str] = {
     "add": "deltaloom.ops.elementwise:Add",
+    "argmax_token": "deltaloom.ops.sampling_ops:ArgmaxToken",
     "attention": "deltaloom.ops.attention:Attention",
     "cast": "deltaloom.ops.elementwise:Cast",
     "causal_conv1d": "deltaloom.ops.convolution:CausalConv1d",
@@ -26,11 +27,14 @@ TABLE: dict[str, str] = {
     "moe_experts": "deltaloom.ops.moe:MoEExperts",
     "mul": "deltaloom.ops.elementwise:Mul",
     "one_plus": "deltaloom.ops.elementwise:OnePlus",
+    "penalize_logits": "deltaloom.ops.sampling_ops:PenalizeLogits",
+    "philox_uniform": "deltaloom.ops.sampling_ops:PhiloxUniform",
     "reshape": "deltaloom.ops.shape:Reshape",
     "rms_norm": "deltaloom.ops.norm:RMSNorm",
     "rope": "deltaloom.ops.rope:Rope",
     "rotary_embedding": "deltaloom.ops.rope:RotaryEmbedding",
     "router_topk": "deltaloom.ops.moe:RouterTopK",
+    "sample_token": "deltaloom.ops.sampling_ops:SampleToken",
     "sigmoid": "deltaloom.ops.elementwise:Sigmoid",
     "sigmoid_gate": "deltaloom.ops.elementwise:SigmoidGate",
     "silu": "deltaloom.ops.elementwise:Silu",

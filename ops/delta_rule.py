@@ -109,7 +109,7 @@ class GatedDeltaRule(Op):
         log_decay = draw.uniform(-2.0, 0.0, *gate) * draw.choice(1.0, 10.0, 0.0)
         log_decay = draw.choice(log_decay, np.full(gate, -20.0))
         beta = draw.choice(draw.uniform(0.0, 1.0, *gate), np.ones(gate), np.zeros(gate))
-        # A state far above the values would make the chunked form, which subtracts it at once, lose digits that the definition keeps.
+        # A state far above the values would cost the chunked form, which subtracts it at once, digits that the definition keeps.
         state = draw.uniform(-1.0, 1.0, batch, value_heads, key_dim, value_dim) * draw.choice(1.0, 0.0)
         op = cls(scale=draw.choice(key_dim**-0.5, 1.0))
         return Case(op, (q, k, v, log_decay, beta, state), (f32, f32, None, f32, f32, f32))
@@ -127,8 +127,9 @@ def chunked_delta_rule(
 ) -> tuple[Array, Array]:
     """The chunked form: arguments and results as ``GatedDeltaRule.reference``, in the dtype of ``state``.
 
-    With G the log decays summed inside a chunk (in float64: their differences matter, and the sums are large) and D[i, j] = exp(G[i] - G[j]) for j <= i:
-    A = strict_lower(beta K K^T * D), U = (I + A)^-1 beta V, W = (I + A)^-1 beta exp(G) K. Then, chunk by chunk,
+    With G the log decays summed inside a chunk (in float64: the sums are large and their differences matter) and
+    D[i, j] = exp(G[i] - G[j]) for j <= i: A = strict_lower(beta K K^T * D), U = (I + A)^-1 beta V,
+    W = (I + A)^-1 beta exp(G) K. Then, chunk by chunk,
     N = U - W S, out = exp(G) Q S + (Q K^T * D) N, S = exp(G[-1]) S + (exp(G[-1] - G) K)^T N.
     The last chunk is filled with zeros, which change nothing.
     """

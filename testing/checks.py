@@ -7,6 +7,7 @@ import numpy as np
 from deltaloom.graph.errors import GraphError
 from deltaloom.graph.op import Array, Draw, Op
 from deltaloom.graph.parse import parse_graph
+from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.serialize import from_json, to_json
 from deltaloom.graph.text import print_graph
 from deltaloom.graph.types import DType, TensorType, bf16, bool_, f16, f32, f64, i32, i64
@@ -76,7 +77,9 @@ def check_bad_types(op: type[Op], draw: Draw) -> None:
     except GraphError as error:
         assert len(str(error)) > len("too short"), f"{instance} refuses {_list(types)} without a sentence"
         return
-    array = np.zeros(changed.static_shape(), changed.plain_dtype.numpy)
+    old = arrays[position]
+    numbers = np.ones(1) if isinstance(old, QuantizedArray) else old
+    array = np.resize(numbers, changed.static_shape()).astype(changed.plain_dtype.numpy)
     real = tuple(map(type_of, reference(instance, (*arrays[:position], array, *arrays[position + 1 :]))))
     assert inferred == real, f"{instance} accepts {_list(types)} as {_list(inferred)}, but computes {_list(real)}"
 

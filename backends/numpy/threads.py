@@ -75,6 +75,13 @@ class Pool:
             drain()
             for worker in workers:
                 worker.wait()
+        except BaseException:
+            # Interrupted (Ctrl-C) while workers run: they finish what they hold and go; the next call starts others.
+            work.clear()
+            for worker in self._workers:
+                worker.retired = True
+            self._workers = []
+            raise
         finally:
             sys.setswitchinterval(interval)
             self._busy.release()
@@ -91,6 +98,7 @@ class _Worker:
     """A daemon thread that sleeps on a lock until it gets a task."""
 
     def __init__(self) -> None:
+        self.retired = False
         self._task: Callable[[], None] | None = None
         self._go = threading.Lock()
         self._done = threading.Lock()
@@ -107,7 +115,7 @@ class _Worker:
 
     def _loop(self) -> None:
         np.seterr(all="ignore")
-        while True:
+        while not self.retired:
             self._go.acquire()
             if self._task is not None:
                 self._task()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from deltaloom.backends.torch import attention, convolution, delta_rule, linear, moe, norm
+from deltaloom.backends.torch.host import to_array, to_tensor, torch_dtype
 from deltaloom.backends.torch.portable import portable_kernels
 from deltaloom.backends.torch.table import table
-from deltaloom.backends.torch.host import to_array, to_tensor, torch_dtype
 from deltaloom.graph.errors import CompileError, ConfigError
 from deltaloom.graph.op import Array
 from deltaloom.graph.quantized import QuantizedArray

@@ -17,6 +17,7 @@ from deltaloom.graph.op import Op
 from deltaloom.ops.attention import Attention
 from deltaloom.ops.convolution import CausalConv1d
 from deltaloom.ops.delta_rule import GatedDeltaRule
+from deltaloom.ops.padding import MaskPadding
 from deltaloom.passes.kernel import Appended, KernelTable, is_param
 
 table = KernelTable("inductor")
@@ -62,7 +63,8 @@ def attention(
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The length is a tensor, so that it is never a constant of the compiled code."""
-    return _attention(q, k, v, key_cache.data, value_cache.data, key_cache.length, valid, op.scale)
+    out: torch.Tensor = _attention(q, k, v, key_cache.data, value_cache.data, key_cache.length, valid, op.scale)
+    return out
 
 
 @torch.library.custom_op("deltaloom::gated_delta_rule", mutates_args=("state",))
@@ -128,7 +130,8 @@ def moe_experts(
     op: Op, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
     """Expert weights come as ``[experts, in, out]``."""
-    return _moe_experts(x, weights, ids, gate_up, down)
+    out: torch.Tensor = _moe_experts(x, weights, ids, gate_up, down)
+    return out
 
 
 @table.kernel("causal_conv1d", when=(is_param("weight"),), wants={"weight": (2, 1, 0)})
@@ -144,3 +147,12 @@ def causal_conv1d(
     state.copy_(rows[:, seq:].transpose(1, 2))
     y = y.to(x.dtype)
     return (torch.nn.functional.silu(y) if op.activation == "silu" else y), state
+
+
+@table.kernel("mask_padding")
+def mask_padding(op: MaskPadding, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Columns by index: whether a slice of the mask is contiguous depends on the past, and torch would compile for each answer."""
+    seq = x.shape[1]
+    columns = torch.arange(seq, device=x.device) + (valid.shape[1] - seq)
+    now = valid.index_select(1, columns)
+    return x.masked_fill(~now[(..., *[None] * (x.dim() - 2))], 0)

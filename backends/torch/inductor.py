@@ -13,12 +13,10 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch._dynamo import config as dynamo_config
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.compile_fx import compile_fx
@@ -70,7 +68,8 @@ class CompiledFunction:
     def __init__(self, function: Callable[..., Any], name: str, compilations: Counter[str]) -> None:
         self._name = name
         self._weights = [parameter.startswith(WEIGHT) for parameter in inspect.signature(function).parameters]
-        self._seen: set[tuple[int, ...]] = set()
+        self._axes: tuple[tuple[int, int], ...] | None = None
+        self._seen: set[tuple[bool, ...]] = set()
 
         def compile_counted(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
             compilations[name] += 1
@@ -79,50 +78,51 @@ class CompiledFunction:
         self._run: Callable[..., Any] = torch.compile(function, fullgraph=True, backend=compile_counted)
 
     def __call__(self, *arguments: Any) -> Any:
-        kind = tuple(1 if size == 1 else 2 for _, _, size in self._changing(arguments))
+        if self._axes is None:
+            self._axes = tuple(_changing(arguments, self._weights))
+        tensors = [a.data if isinstance(a, Appended) else a for a in arguments]
+        kind = tuple(tensors[position].shape[axis] == 1 for position, axis in self._axes)
         with torch.no_grad():
             if kind in self._seen:
                 return self._run(*arguments)
-            result = self._first(arguments)
+            result = self._first(arguments, self._axes)
         self._seen.add(kind)
         return result
 
-    def _changing(self, arguments: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
-        """Argument, axis and size of every axis that may change between calls. Axis 0 is the batch. Axis 1 is that of the tokens
-        if it is as long as that of the first such tensor, or belongs to a mask."""
-        seq = -1
-        for position, (argument, is_weight) in enumerate(zip(arguments, self._weights, strict=True)):
-            if is_weight:
-                continue
-            if isinstance(argument, Appended):
-                yield position, 0, argument.data.shape[0]
-                yield position, 2, argument.data.shape[2]
-            elif argument.dim() >= 2:
-                yield position, 0, argument.shape[0]
-                if seq < 0:
-                    seq = argument.shape[1]
-                if argument.dtype == torch.bool or argument.shape[1] == seq:
-                    yield position, 1, argument.shape[1]
-
-    def _first(self, arguments: Sequence[Any]) -> Any:
+    def _first(self, arguments: Sequence[Any], axes: Sequence[tuple[int, int]]) -> Any:
         """The first call of a class of sizes: on aliases that carry the marks, which torch would otherwise find on tensors that
         live on and take as a reason to compile again."""
         marked = [a if w else _alias(a) for a, w in zip(arguments, self._weights, strict=True)]
         tensors = [a.data if isinstance(a, Appended) else a for a in marked]
-        for position, axis, size in self._changing(arguments):
-            if size > 1:
+        for position, axis in axes:
+            if tensors[position].shape[axis] > 1:
                 maybe_mark_dynamic(tensors[position], axis)
         try:
-            with ExitStack() as settings:
-                settings.enter_context(shape_config.patch(use_duck_shape=False))
-                settings.enter_context(dynamo_config.patch(suppress_errors=False, capture_scalar_outputs=False))
+            with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 return self._run(*marked)
         except (TorchDynamoException, InductorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CompileError(f"torch.compile cannot compile '{self._name}' (torch {torch.__version__}): {reason}") from error
         finally:
-            for position, _, _ in self._changing(arguments):
+            for position, _ in axes:
                 tensors[position].__dict__.clear()  # torch keeps its marks there, and a state that is returned must not have any
+
+
+def _changing(arguments: Sequence[Any], weights: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """Argument and axis of every size that may change between calls. Axis 0 is the batch. Axis 1 is that of the tokens if it is
+    as long as that of the first such tensor, or belongs to a mask; a state that happens to be as long costs no more than
+    a size that is dynamic for nothing."""
+    seq: int | None = None
+    for position, (argument, is_weight) in enumerate(zip(arguments, weights, strict=True)):
+        if is_weight:
+            continue
+        if isinstance(argument, Appended):
+            yield from ((position, 0), (position, 2))
+        elif argument.dim() >= 2:
+            yield position, 0
+            seq = argument.shape[1] if seq is None else seq
+            if argument.dtype == torch.bool or argument.shape[1] == seq:
+                yield position, 1
 
 
 def _alias(argument: Any) -> Any:

@@ -65,6 +65,27 @@ def test_an_error_of_a_worker_reaches_the_caller():
         Pool(2).map(run, range(2))
 
 
+def test_after_an_interrupt_the_next_call_is_complete(monkeypatch):
+    pool, release = Pool(2), threading.Event()
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threads._Worker, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.map(lambda item: threading.current_thread() is threading.main_thread() or release.wait(20), range(2))
+    done: list[int] = []
+
+    def slow(item):
+        time.sleep(0.05)
+        done.append(item)
+
+    pool.map(slow, range(4))
+    assert sorted(done) == [0, 1, 2, 3]
+    release.set()
+
+
 def test_a_nested_call_does_its_work_alone():
     pool, done = Pool(2), []
     pool.map(lambda i: pool.map(lambda j: done.append((i, j)), range(3)), range(3))

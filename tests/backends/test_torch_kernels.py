@@ -62,7 +62,9 @@ def attention_case(draw, batch, past, seq, key_heads, group, width, mask):
 
 @pytest.mark.parametrize("dtype", (f64, f32, bf16), ids=str)
 @pytest.mark.parametrize("mask", ["", "left", "any", "nothing"])
-@pytest.mark.parametrize(("past", "seq"), [(0, 1), (0, 2), (0, 63), (0, 64), (0, 65), (0, 131), (1, 1), (37, 1), (37, 3), (64, 130)])
+@pytest.mark.parametrize(
+    ("past", "seq"), [(0, 1), (0, 2), (0, 63), (0, 64), (0, 65), (0, 131), (1, 1), (37, 1), (37, 3), (64, 130)]
+)
 def test_attention_at_block_borders(past, seq, mask, dtype):
     draw = SeededDraw(past + 7 * seq)
     for batch, key_heads, group in ((1, 1, 1), (3, 2, 4)):
@@ -158,7 +160,10 @@ def test_convolution_in_blocks(taps, activation, monkeypatch):
 def test_router_breaks_ties_by_the_lowest_id(rows, values):
     rng = np.random.default_rng(rows)
     logits = rng.integers(-3, 3, (2, rows, 33)).astype(np.float64) / 4
-    logits = -np.abs(logits) if values == "negative" else np.where(rng.random(logits.shape) < 0.5, 0.0, -0.0) if values == "zeros" else logits
+    if values == "negative":
+        logits = -np.abs(logits)
+    elif values == "zeros":
+        logits = np.where(logits < 0, 0.0, -0.0)
     for dtype in (f32, bf16):
         check(named("router_topk"), Case(ops.get("router_topk")(k=7, normalize=True), (logits,)), dtype)
 

@@ -1,0 +1,118 @@
+"""Run files, flags and where each setting comes from."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from deltaloom.cli.settings import Settings, read_run_file
+from deltaloom.graph.errors import ConfigError, RequestError
+
+FILE = """
+[model]
+max_model_len = 99
+hf_overrides = { rope_scaling = { rope_type = "yarn", factor = 4.0 } }
+[compile]
+backends = ["torch", "numpy"]
+prefill_chunk = 64
+[compile.kernels]
+linear = ["numpy"]
+[sampling]
+temperature = 0.5
+stop = ["a", "b"]
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(FILE)
+    return path
+
+
+def test_flags_win_over_the_file_and_the_file_over_what_is_built_in(run_file: Path) -> None:
+    settings = Settings({"temperature": 0.9, "backend": "numpy, torch", "seed": None, "prompt": "x", "stop": ()}, run_file)
+    params, compiled = settings.sampling_params(), settings.compile_config()
+    assert (params.temperature, params.stop, params.seed, params.n) == (0.9, ("a", "b"), None, 1)
+    assert (compiled.backends, compiled.prefill_chunk, compiled.dtype) == (("numpy", "torch"), 64, "auto")
+    assert compiled.kernels == {"linear": ("numpy",)}
+    assert settings.value("model", "max_model_len") == 99
+    origins = {key: settings.tables[table][key].origin for table, key in [
+        ("sampling", "temperature"), ("sampling", "stop"), ("sampling", "n"), ("compile", "backends"), ("model", "model"),
+    ]}  # fmt: skip
+    assert origins == {
+        "temperature": "flag --temperature", "stop": str(run_file), "n": "built-in", "backends": "flag --backend",
+        "model": "built-in",
+    }  # fmt: skip
+
+
+def test_a_flag_of_zero_or_false_is_given(run_file: Path) -> None:
+    settings = Settings({"temperature": 0.0, "check_weights": False}, run_file)
+    assert settings.sampling_params().temperature == 0
+    assert settings.tables["model"]["check_weights"].origin == "flag --check-weights"
+
+
+def test_the_checkpoint_fills_what_is_left_open(run_file: Path) -> None:
+    bare = Settings({}, None).with_checkpoint()
+    assert (bare["model"]["max_model_len"].value, bare["model"]["max_model_len"].origin) == (2048, "checkpoint")
+    assert (bare["sampling"]["temperature"].value, bare["sampling"]["temperature"].origin) == (0.0, "checkpoint")
+    assert (bare["sampling"]["top_p"].value, bare["sampling"]["top_p"].origin) == (1.0, "built-in")
+    neutral = Settings({"generation_config": "none"}, run_file).with_checkpoint()
+    assert neutral["sampling"]["temperature"].value == 0.5
+    assert neutral["model"]["max_model_len"].origin == str(run_file)
+
+
+def test_what_is_printed_is_a_run_file_that_gives_the_same_settings(run_file: Path, tmp_path: Path) -> None:
+    settings = Settings({"max_tokens": 7, "hf_overrides": '{"rope_theta": 5000.0}'}, run_file)
+    text = settings.describe()
+    assert "max_tokens = 7 " in text and "# flag --max-tokens" in text and "# seed is not set" in text
+    copy = tmp_path / "copy.toml"
+    copy.write_text(text)
+    again = Settings({}, copy)
+    assert again.sampling_params() == settings.sampling_params() or again.value("sampling", "top_p") == 1.0
+    assert again.compile_config() == settings.compile_config()
+    assert again.value("model", "hf_overrides") == {"rope_theta": 5000.0}
+    assert tomllib.loads(text)["sampling"]["stop"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[serve]\nport = 1", r"unknown table \[serve\]; known are model, compile, sampling"),
+        ("port = 1", r"unknown table \[port\]"),
+        ("model = 1", r"model is 1, expected a table \[model\]"),
+        ("[model]\nmodle = 'x'", r"\[model\] has an unknown key 'modle'; known are model, max_model_len"),
+        ("[model]\nmax_batch = '8'", "max_batch is '8', expected a whole number"),
+        ("[model]\nmax_batch = true", "max_batch is True, expected a whole number"),
+        ("[compile]\nbackend = 'numpy'", r"\[compile\] has an unknown key 'backend'; known are backends"),
+        ("[compile]\nthreads = 'two'", r"\[compile\]: threads is 'two', expected a whole number"),
+        ("[sampling]\ntemprature = 1", r"\[sampling\] has an unknown key 'temprature'"),
+        ("[sampling]\ntemperature = -1", "temperature is -1.0; it must be"),
+        ("[sampling", "cannot be read as TOML"),
+    ],
+)
+def test_a_bad_run_file_is_a_sentence_with_its_name(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_run_file(path)
+    assert str(path) in str(caught.value)
+
+
+def test_unreadable_run_files_and_flags_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        read_run_file(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        read_run_file(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b"[model]\nmodel = '\xe9'")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        read_run_file(tmp_path / "latin.toml")
+    with pytest.raises(ConfigError, match="--hf-overrides is not valid JSON"):
+        Settings({"hf_overrides": "{"}, None)
+    with pytest.raises(ConfigError, match="--hf-overrides: hf_overrides is 3, expected a table"):
+        Settings({"hf_overrides": json.dumps(3)}, None)
+    with pytest.raises(ConfigError, match="backends names numpy twice"):
+        Settings({"backend": "numpy,numpy"}, None).compile_config()
+    with pytest.raises(RequestError, match="top_p is 2.0"):
+        Settings({"top_p": 2.0}, None).sampling_params()
