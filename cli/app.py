@@ -29,8 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120},
 )
-for command in (generate, chat, inspect, ops, doctor):
-    app.command()(command)
+for function in (generate, chat, inspect, ops, doctor):
+    app.command()(function)
 
 
 @app.callback(epilog="Flags are spelled with dashes or underscores. Every command has --help.")
@@ -49,9 +49,13 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and give its exit code."""
     try:
-        code = typer.main.get_command(app).main(list(arguments), prog_name="deltaloom", standalone_mode=False)
+        command = typer.main.get_command(app)
+        with command.make_context("deltaloom", list(arguments)) as context:
+            command.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
+    except typer.Exit as stop:
+        return stop.exit_code
     except DeltaloomError as error:
         return fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
     except UsageError as error:

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,6 +71,9 @@ def chat(
 
 def lines(interactive: bool) -> Iterator[str]:
     """What the user types, without surrounding white space, until the end of input."""
+    if interactive:
+        with suppress(ImportError):  # not on every platform; with it, input has history and arrow keys
+            import_module("readline")
     while True:
         try:
             yield input("> " if interactive else "").strip()

@@ -13,9 +13,9 @@ import numpy as np
 
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
-from deltaloom.graph.types import TensorType, f32, f64
+from deltaloom.graph.types import TensorType, f32
 from deltaloom.ops.laws import ChunkInvariant, PaddingIsNoOp, PermutationEquivariant, Streaming
-from deltaloom.ops.precision import wide
+from deltaloom.ops.precision import wide, wide_dtype
 from deltaloom.ops.signature import Axes, floating, has_dtype
 
 CHUNK = 64
@@ -27,7 +27,7 @@ class GatedDeltaRule(Op):
 
     q, k [batch, seq, Hk, dk] come normalised by ``l2_norm``; v [batch, seq, Hv, dv] in the model dtype, to which out is
     rounded; value head h uses key head h // (Hv / Hk); state S [batch, Hv, dk, dv]. q, k, log_decay, beta and state are
-    float32 (or all float64)."""
+    float32 (float64 if v is)."""
 
     name: ClassVar[str] = "gated_delta_rule"
     outputs: ClassVar[tuple[str, ...]] = ("out", "new_state")
@@ -55,11 +55,9 @@ class GatedDeltaRule(Op):
         axes.bind("state", state, "batch value_heads key_dim value_dim")
         key_heads, value_heads = axes.number("key_heads"), axes.number("value_heads")
         require(value_heads % key_heads == 0, f"the heads of v {v} are not a multiple of those of k {k}")
-        floating("v", v)
-        dtype = floating("state", state)
-        require(dtype in (f32, f64), f"state is {state}, expected f32")
-        for name, type_ in (("q", q), ("k", k), ("log_decay", log_decay), ("beta", beta)):
-            has_dtype(name, type_, dtype, "as state")
+        dtype = wide_dtype(floating("v", v))
+        for name, type_ in (("q", q), ("k", k), ("log_decay", log_decay), ("beta", beta), ("state", state)):
+            has_dtype(name, type_, dtype, f"for v {v}")
         return v, state
 
     def reference(

@@ -15,6 +15,8 @@ from deltaloom.ops.precision import wide_dtype
 from deltaloom.ops.signature import Axes, floating, has_dtype, integral
 
 WORD = 0xFFFFFFFF
+MULTIPLIERS = int(philox.MULTIPLIER_0), int(philox.MULTIPLIER_1)
+KEY_STEPS = int(philox.KEY_STEP_0), int(philox.KEY_STEP_1)
 
 
 class PhiloxUniform(Op):
@@ -44,10 +46,10 @@ class PhiloxUniform(Op):
         counter = [position & WORD, position >> 32 & WORD, sample_index & WORD, purposes]
         key = [seed & WORD, seed >> 32 & WORD]
         for _ in range(philox.ROUNDS):
-            high0, low0 = _product(int(philox.MULTIPLIER_0), counter[0])
-            high1, low1 = _product(int(philox.MULTIPLIER_1), counter[2])
+            high0, low0 = _product(MULTIPLIERS[0], counter[0])
+            high1, low1 = _product(MULTIPLIERS[1], counter[2])
             counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
-            key = [(key[0] + int(philox.KEY_STEP_0)) & WORD, (key[1] + int(philox.KEY_STEP_1)) & WORD]
+            key = [(word + step) & WORD for word, step in zip(key, KEY_STEPS)]
         return (counter[0] >> 8).to(torch.float32) * 2.0**-24
 
     @classmethod

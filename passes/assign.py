@@ -57,7 +57,7 @@ class Assign(Pass):
             if reason is None:
                 return Placement(kernel.backend, kernel.name, tuple(refusals), kernel.layouts(node))
             refusals.append(Refusal(kernel.name, reason))
-        if node.op.decompose is not None:
+        if decomposition(node) is not None:
             return None
         lines = "".join(f"\n  {r.kernel}: {r.reason}" for r in refusals) or "\n  no backend has a kernel for this op"
         order = ", ".join(order_for(node, ctx))
@@ -92,12 +92,13 @@ def candidates(node: Node, ctx: Context) -> Iterator[Kernel]:
                 yield kernel
 
 
-def decomposition(node: Node) -> Graph:
-    """The parts of a node as a graph of its own: inputs ``0``, ``1``, … and outputs ``0``, ``1``, …"""
+def decomposition(node: Node) -> Graph | None:
+    """The parts of a node as a graph of its own, with outputs ``0``, ``1``, …; None where its op has none."""
     builder = GraphBuilder(node.op.name)
     values = [builder.input(f"in{i}", value.type) for i, value in enumerate(node.inputs)]
-    assert node.op.decompose is not None
-    results = node.op.decompose(builder, *values)
+    results = None if node.op.decompose is None else node.op.decompose(builder, *values)
+    if results is None:
+        return None
     for position, value in enumerate(results if isinstance(results, tuple) else (results,)):
         builder.output(str(position), value)
     return builder.build()
@@ -106,6 +107,7 @@ def decomposition(node: Node) -> Graph:
 def _descend(rewriter: Rewriter, node: Node) -> None:
     """Put the decomposition of ``node`` in its place."""
     parts = decomposition(node)
+    assert parts is not None
     here: dict[Value, Value] = dict(zip(parts.inputs, node.inputs, strict=True))
     for part in parts.nodes:
         names = [f"{node.name}.{value.name}" for value in part.outputs]

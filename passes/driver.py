@@ -9,12 +9,13 @@ from deltaloom.passes.assign import Assign, LayoutKey
 from deltaloom.passes.canonicalise import Canonicalise
 from deltaloom.passes.emit import Program, emit
 from deltaloom.passes.lift_weights import LiftWeights
+from deltaloom.passes.pack_siblings import PackSiblings
 from deltaloom.passes.pipeline import Compiled, Context, LedgerRow, Pass, run_pipeline
 from deltaloom.passes.prepack import Conflict, decide_layouts
 from deltaloom.passes.segment import Transfers
 from deltaloom.passes.specialise import AssumeUnpadded, SelectOutputs, Specialise
 
-SHARED: tuple[Pass, ...] = (Canonicalise(), LiftWeights())
+SHARED: tuple[Pass, ...] = (Canonicalise(), PackSiblings(), LiftWeights())
 """What changes the layout of a weight or a state happens here, once, before the programs fork."""
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 
@@ -109,6 +109,30 @@ class TextTokenizer:
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
         """The texts of several rows of ids."""
         return [self.decode(row, skip_special_tokens) for row in sequences]
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        tokenize: Literal[False],
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, object] = NO_KWARGS,
+    ) -> str: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        tokenize: Literal[True] = True,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, object] = NO_KWARGS,
+    ) -> list[int]: ...
 
     def apply_chat_template(
         self,

@@ -22,9 +22,14 @@ FLOOR: dict[DType, float] = {
 }
 """Error that is always allowed, relative to the largest element of the truth."""
 
+SMALLEST_NORMAL: dict[DType, float] = {f64: 2.0**-1022, f32: 2.0**-126, f16: 2.0**-14, bf16: 2.0**-126}
+
 
 def distance(result: Array, truth: Array) -> float:
-    """The largest error, relative to the largest element of the truth; where that is not finite both must be equal."""
+    """The largest error, relative to the largest element of the truth; where that is not finite both must be equal.
+
+    What is below the normal numbers of the result's dtype has lost its mantissa, so the smallest of these is the least
+    that an error is relative to."""
     wide, exact = result.astype(np.float64), truth.astype(np.float64)
     finite = np.isfinite(exact)
     if not np.array_equal(wide[~finite], exact[~finite], equal_nan=True):
@@ -32,9 +37,8 @@ def distance(result: Array, truth: Array) -> float:
     errors = np.abs(wide[finite] - exact[finite])
     if not np.isfinite(errors).all():
         return float("inf")
-    largest = float(np.abs(exact[finite]).max(initial=0.0))
-    error = float(errors.max(initial=0.0))
-    return error / largest if largest else (float("inf") if error else 0.0)
+    scale = float(np.abs(exact[finite]).max(initial=SMALLEST_NORMAL[dtype_of(result)]))
+    return float(errors.max(initial=0.0)) / scale
 
 
 def assert_close(name: str, result: Array, truth: Array, rounded: Array) -> None:
@@ -47,7 +51,6 @@ def assert_close(name: str, result: Array, truth: Array, rounded: Array) -> None
         return
     if not np.isfinite(rounded.astype(np.float64)).all():
         return  # the definition itself overflows in this dtype, so there is nothing to compare with
-    floor = FLOOR.get(dtype_of(result), FLOOR[bf16])
-    allowed = FACTOR * distance(rounded, truth) + floor
+    allowed = FACTOR * distance(rounded, truth) + FLOOR[dtype_of(result)]
     found = distance(result, truth)
     assert found <= allowed, f"{name} is {found:.3g} from the float64 reference, allowed are {allowed:.3g}"

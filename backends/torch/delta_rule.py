@@ -107,10 +107,11 @@ def _chunked(
         return filled.reshape(batch, count, chunk, *x.shape[2:]).permute(1, 0, 3, 2, 4).contiguous()
 
     queries, keys, values = chunks(q * scale), chunks(k), chunks(v.to(state.dtype))
-    total = chunks(log_decay[..., None]).cumsum(3)
+    # Sums of log decays reach a thousand and their differences matter to 1e-7: float64 until the exponential.
+    total = chunks(log_decay[..., None]).cumsum(3, dtype=torch.float64)
     column = total.mT
     upper = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).triu_(1)
-    decay = (total - column).masked_fill_(upper, float("-inf")).exp_()
+    decay = (total - column).to(state.dtype).masked_fill_(upper, float("-inf")).exp_()
     betas = chunks(beta[..., None])
 
     by_key = (count, batch, key_heads, repeats, chunk, chunk)
@@ -121,8 +122,8 @@ def _chunked(
     inverse = torch.linalg.solve_triangular(strict.mT, identity.expand(by_key), upper=True, unitriangular=True).mT
     inverse = inverse.reshape(count, batch, heads, chunk, chunk) * betas.mT
     u = inverse @ values
-    grown = total.exp()
-    w = (inverse * column.exp()).reshape(count, batch, key_heads, repeats * chunk, chunk) @ keys
+    grown = total.to(state.dtype).exp()
+    w = (inverse * grown.mT).reshape(count, batch, key_heads, repeats * chunk, chunk) @ keys
     w = w.view(count, batch, heads, chunk, key_dim)
     scores = ((queries @ transposed).unsqueeze(3) * decay.view(by_key)).view(count, batch, heads, chunk, chunk)
 
@@ -132,8 +133,8 @@ def _chunked(
 
     readers = torch.cat((w, spread(queries, grown)), 3)
     last = total[:, :, :, -1:]
-    writers = spread(keys, (last - total).exp()).mT
-    faded = last.exp().view(count, -1, 1, 1)
+    writers = spread(keys, (last - total).to(state.dtype).exp()).mT
+    faded = grown[:, :, :, -1:].view(count, -1, 1, 1)
     return _scan(readers, writers, u, scores, faded, state).permute(1, 0, 3, 2, 4).reshape(
         batch, count * chunk, heads, value_dim
     )[:, :seq]

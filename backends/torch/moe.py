@@ -76,22 +76,20 @@ def _one_token(
 def _sorted(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """Rows sorted by expert, then two products an expert; each token's results are found again and summed."""
+    """Rows sorted by expert, then two products an expert, whose results are added to their tokens in float32. The rows are copied
+    an expert at a time: they stay in the cache, and there is no array of all of them."""
     tokens, k = ids.shape
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-    inputs = x.index_select(0, order // k)
-    results = x.new_empty(tokens * k, down.shape[2])
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            hidden = _swiglu(inputs[start : start + count] @ gate_up[expert])
-            torch.mm(hidden, down[expert], out=results[start : start + count])
-            start += count
-    back = torch.empty_like(order)
-    back[order] = torch.arange(tokens * k, device=order.device)
-    return torch.bmm(weights[:, None], results.index_select(0, back).view(tokens, k, -1))[:, 0]
+    owners = (order // k).split(counts)
+    shares = wide(weights).reshape(-1, 1).index_select(0, order).split(counts)
+    sums = torch.zeros(tokens, down.shape[2], dtype=shares[0].dtype, device=x.device)
+    for expert, (rows, share) in enumerate(zip(owners, shares)):
+        if len(rows):
+            hidden = _swiglu(x.index_select(0, rows) @ gate_up[expert])
+            sums.index_add_(0, rows, wide(hidden @ down[expert]).mul_(share))
+    return sums.to(x.dtype)
 
 
 def _swiglu(both: torch.Tensor) -> torch.Tensor:

@@ -160,4 +160,9 @@ def test_the_measure_sees_what_is_not_finite() -> None:
     assert distance(np.array([1.0, np.nan]), truth) == np.inf
     assert distance(np.array([1.0, 2.0]), np.array([1.0, np.inf])) == np.inf
     assert distance(np.array([1.0, -np.inf]), np.array([1.0, -np.inf])) == 0
-    assert distance(np.array([0.0, 1e-30]), np.zeros(2)) == np.inf
+
+
+def test_the_measure_is_lenient_below_the_normal_numbers_only() -> None:
+    assert distance(np.array([0.0, 1e-30], np.float32), np.zeros(2)) > 1e7
+    assert distance(np.array([0.0, 1e-44], np.float32), np.zeros(2)) < 1e-5
+    assert distance(np.array([0.0, 1e-44]), np.zeros(2)) > 1e7

@@ -25,6 +25,7 @@ from deltaloom.passes.driver import SHARED, Driver, Variant
 from deltaloom.passes.emit import emit
 from deltaloom.passes.kernel import Kernel, size
 from deltaloom.passes.lift_weights import LiftWeights
+from deltaloom.passes.pack_siblings import PackSiblings
 from deltaloom.passes.pipeline import Context, Pass, run_pipeline
 from deltaloom.passes.prepack import decide_layouts
 from deltaloom.passes.segment import Transfers
@@ -81,12 +82,31 @@ def test_lifting_leaves_no_weight_arithmetic_and_keeps_the_meaning() -> None:
     np.testing.assert_array_equal(meaning(done, x, params), meaning(graph, x, params))
 
 
+def test_siblings_become_one_linear_and_a_split() -> None:
+    g = GraphBuilder("siblings")
+    x = g.input("x", f32[BATCH, SEQ, 4])
+    with g.scope("attn"):
+        q, k = (g.linear(x, g.param(f"{n}.weight", [size, 4]), name=n) for n, size in (("q", 6), ("k", 2)))
+        with_bias = g.linear(x, g.param("v.weight", [6, 4]), g.param("v.bias", [6]))
+    computed = g.linear(x, g.input("w", f32[6, 4]))
+    g.output("y", g.add(g.add(g.mul(q, with_bias), computed), g.concat(k, k, k, axis=-1)))
+    graph = g.build()
+    after = PackSiblings().run(graph, Context())
+    packed = next(n for n in after.nodes if n.op.name == "linear")
+    assert packed.name == "attn.q_k" and str(packed.outputs[0].type) == "f32[batch, seq, 8]" and packed.origins == ("attn.q", "attn.k")
+    assert [n.op.name for n in after.nodes].count("linear") == 3 and [n.op.name for n in after.nodes].count("split") == 1
+    inputs = {"x": RNG.standard_normal((2, 3, 4), np.float32), "w": RNG.standard_normal((6, 4), np.float32)}
+    params = weights_of(graph)
+    want, found = (interpret(one, inputs, params.__getitem__, {}).outputs["y"] for one in (graph, after))
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
 def test_unused_weights_leave_the_weight_graph_with_their_output() -> None:
     g = GraphBuilder("two")
     x = g.input("x", f32[BATCH, 4])
     g.output("a", g.linear(x, g.one_plus(g.param("a.weight", [3, 4]))))
     g.output("b", g.linear(x, g.param("b.weight", [3, 4])))
-    lifted = run_pipeline(g.build(), SHARED, Context()).graph
+    lifted = run_pipeline(g.build(), (Canonicalise(), LiftWeights()), Context()).graph
     assert set(SelectOutputs(("b",)).run(lifted, Context()).all_params()) == {"b.weight"}
 
 
@@ -243,7 +263,7 @@ def test_a_failing_pass_leaves_a_repro_folder_that_runs(tmp_path: Path) -> None:
 def test_the_driver_gives_one_ledger_row_a_pass() -> None:
     driver = Driver(mlp(), toy_context(Toy("numpy")), planned=(Variant(False, False, ("y",)),))
     driver.program(Variant(False, False, ("y",)))
-    assert [row.name for row in driver.ledgers["shared"]] == ["canonicalise", "lift_weights"]
+    assert [row.name for row in driver.ledgers["shared"]] == ["canonicalise", "pack_siblings", "lift_weights"]
     assert [row.name for row in driver.ledgers["prefill -> y"]][-2:] == ["assign", "transfers"]
 
 

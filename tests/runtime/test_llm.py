@@ -8,6 +8,7 @@ import pytest
 
 import deltaloom
 from deltaloom.graph.errors import ConfigError, RequestError
+from deltaloom.passes.config import CompileConfig
 from deltaloom.runtime.llm import LLM
 from deltaloom.runtime.params import SamplingParams
 from deltaloom.runtime.results import GenerationResult
@@ -217,6 +218,16 @@ def test_output_ends_where_the_context_ends() -> None:
     with pytest.raises(RequestError, match="prompt 0 has 12 tokens, .* maximum context length is 12"):
         small.generate([5] * 12)
     assert len(small.generate([5] * 11).outputs[0].token_ids) == 1
+
+
+def test_a_short_prompt_beside_one_of_several_chunks_is_as_alone() -> None:
+    small = LLM("tiny-next", config=CompileConfig(prefill_chunk=32))
+    long = small.tokenizer.encode("It was the best of times, it was the worst of times, " * 8)
+    assert len(long) > 3 * 32
+    prompts = [long, small.tokenizer.encode("Once upon a time")]  # two chunks hold nothing of the short one
+    params = SamplingParams(max_tokens=16, temperature=0.8, seed=5)
+    for prompt, result in zip(prompts, small.generate(prompts, params), strict=True):
+        assert small.generate(prompt, params).outputs == result.outputs
 
 
 def test_padding_rows_of_the_vocabulary_never_win(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
