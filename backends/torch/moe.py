@@ -82,8 +82,8 @@ def _sorted(
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-    owners = (order // k).split(counts)
-    shares = wide(weights).reshape(-1, 1).index_select(0, order).split(counts)
+    owners = torch.split(order // k, counts)
+    shares = torch.split(wide(weights).reshape(-1, 1).index_select(0, order), counts)
     sums = torch.zeros(tokens, down.shape[2], dtype=shares[0].dtype, device=x.device)
     for expert, (rows, share) in enumerate(zip(owners, shares)):
         if len(rows):
