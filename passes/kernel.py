@@ -1,9 +1,9 @@
 """What a backend offers and what the compiler asks of it: the ``Kernel`` and ``Backend`` protocols.
 
 Calling convention of kernels. ``run(op, *inputs)`` gets the op (for its attributes) and the backend's own tensors in the order
-of the op's inputs. A fixed state may be overwritten in place; its new value is returned in any case. An append state (``op.appends``)
-comes as ``Appended``: the kernel writes its new entries in place behind ``length`` and does **not** return that output.
-A weight comes in the axis order that the registration ``wants``.
+of the op's inputs. A fixed state may be overwritten in place; its new value is returned in any case. An append state
+(``op.appends``) comes as ``Appended``: the kernel writes its new entries in place behind ``length`` and does **not** return that
+output. A weight comes in the axis order that the registration ``wants``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from deltaloom.graph.dims import Dim
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.ir import Node
+from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import DType, QuantType
 
 Tensor = Any
@@ -98,8 +99,8 @@ class Backend(Protocol):
     def compute_dtype(self, wanted: str) -> DType:
         """The dtype for ``wanted`` ('float32', ...), or ``CompileError`` with a sentence if this backend cannot compute in it."""
 
-    def from_host(self, array: np.ndarray[Any, Any]) -> Tensor:
-        """The backend's tensor of a NumPy array; may share memory."""
+    def from_host(self, array: np.ndarray[Any, Any] | QuantizedArray) -> Tensor:
+        """The backend's tensor of a NumPy array (or a pair of them, quantised); may share memory."""
 
     def to_host(self, tensor: Tensor) -> np.ndarray[Any, Any]:
         """A NumPy array of a tensor; may share memory."""

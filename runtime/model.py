@@ -62,7 +62,8 @@ class Model:
 
         ``token_ids`` ``[batch, n]`` (or one row ``[n]``); ``attention_mask`` 0/1 ``[batch, n]`` or ``[batch, all so far]``, 0 for
         padding on the left. ``final_norm`` is given with hidden states unless ``output_final_norm`` says otherwise. Long inputs run
-        in chunks of ``prefill_chunk`` tokens. Raises ``RequestError`` for ids outside the vocabulary, a wrong shape, or too many tokens.
+        in chunks of ``prefill_chunk`` tokens. Raises ``RequestError`` for ids outside the vocabulary, a wrong shape, or too many
+        tokens.
         """
         ids = self._ids(token_ids, state)
         state = state or self.new_state(ids.shape[0])
@@ -100,7 +101,8 @@ class Model:
         try:
             ids = np.asarray(token_ids)
         except ValueError as error:
-            raise RequestError("token_ids has rows of different lengths; pad them on the left and give an attention_mask") from error
+            message = "token_ids has rows of different lengths; pad them on the left and give an attention_mask"
+            raise RequestError(message) from error
         ids = ids[None] if ids.ndim == 1 else ids
         good = ids.ndim == 2 and ids.size > 0 and ids.dtype.kind in "iu"
         require(good, f"token_ids is {describe(ids)} of {ids.dtype}, expected whole numbers [batch, n >= 1]", RequestError)

@@ -41,7 +41,7 @@ class WeightStore:
         self._made: dict[tuple[str, str, str, tuple[int, ...], str], Tensor] = {}
 
     def get(self, owner: str, prefix: str, graph: Graph, slot: WeightSlot) -> Tensor:
-        """The tensor of ``slot`` of ``graph`` (which carries its weight graph) under ``prefix``; ``owner``: the model graph's name."""
+        """The tensor of ``slot`` of ``graph``, which carries its weight graph, under ``prefix``; ``owner``: the model graph."""
         assert graph.weights is not None
         value = graph.weights.output(slot.value.name)
         stored = value.kind == "param"

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from deltaloom.backends import backend as make_backend
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.errors import GraphError
 from deltaloom.graph.interpret import interpret
@@ -104,23 +105,16 @@ def decomposed(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...] | None:
     return tuple(results.outputs.values())
 
 
+def _copied(array: Value) -> Value:
+    return QuantizedArray(array.data.copy(), array.scale.copy(), array.block) if isinstance(array, QuantizedArray) else array.copy()
+
+
 def torch_rule(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...]:
     """The op's torch rule, on the CPU, with NumPy arrays in and out."""
-    import torch
-
-    def tensor(array: Value) -> Any:
-        if isinstance(array, QuantizedArray):
-            return QuantizedArray(tensor(array.data), tensor(array.scale), array.block)
-        if array.dtype.name in ("bfloat16", "float8_e4m3fn"):
-            bits = torch.from_numpy(np.ascontiguousarray(array).view(f"int{8 * array.itemsize}").copy())
-            return bits.view(getattr(torch, array.dtype.name))
-        return torch.from_numpy(array.copy())
-
-    def array(tensor: Any) -> Array:
-        if tensor.dtype == torch.bfloat16:
-            return cast(Array, tensor.contiguous().view(torch.int16).numpy().view(DTYPES["bf16"].numpy))
-        return cast(Array, tensor.numpy())
+    from deltaloom.backends.torch.portable import run
 
     if op.torch is None:
         raise GraphError(f"op {op.name} has no torch rule")
-    return tuple(map(array, as_tuple(op.torch(torch, *map(tensor, arrays)))))
+    backend = make_backend("torch")
+    tensors = [backend.from_host(_copied(array)) for array in arrays]
+    return tuple(backend.to_host(tensor) for tensor in as_tuple(run(op, *tensors)))

@@ -121,23 +121,26 @@ def stages_of(source: Source) -> list[Stage]:
     ]
 
 
-def whole_of(stages: list[Stage]) -> Stage:
-    """All tests of the stages, as arguments of one run."""
-    return tuple(sorted({word for stage in stages for word in stage if word.endswith(".py")}))
+def baseline(stages: list[Stage]) -> list[Stage]:
+    """The tests of these stages, each once: the files without the choices from them, and the golden cases."""
+    *parts, golden = stages
+    return [tuple(sorted({word for part in parts for word in part if word.endswith(".py")})), golden]
 
 
 def run_all(mutants: list[Mutant], sources: dict[str, Source], copies: list[Copy]) -> list[Verdict]:
     """Judge every mutant, each in whichever copy is free; the stages must be green without a mutant."""
     stages = {path: stages_of(sources[path]) for path in sorted({mutant.path for mutant in mutants})}
     limits: dict[Stage, float] = {}
-    for whole in sorted({whole_of(found) for found in stages.values()}):
+    seconds: dict[Stage, float] = {}
+    for whole in dict.fromkeys(whole for found in stages.values() for whole in baseline(found)):
         began = time.monotonic()
         code, by = copies[0].run(whole, None, write_bytecode=True)
         if code != 0:
             sys.exit(f"the tests fail without a mutant: {by} (pytest {' '.join(whole)})")
-        seconds = time.monotonic() - began
-        print(f"without a mutant {seconds:.0f} s: {by}", flush=True)
-        limits |= {stage: LIMIT * seconds for found in stages.values() if whole_of(found) == whole for stage in found}
+        seconds[whole] = time.monotonic() - began
+        print(f"without a mutant {seconds[whole]:.0f} s: {by}", flush=True)
+    for found in stages.values():
+        limits |= {stage: LIMIT * sum(seconds[whole] for whole in baseline(found)) for stage in found}
     free: SimpleQueue[Copy] = SimpleQueue()
     for copy in copies:
         free.put(copy)

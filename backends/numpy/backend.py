@@ -20,6 +20,7 @@ from deltaloom.backends.numpy.table import table
 from deltaloom.backends.numpy.threads import use_threads
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.op import Array, Op
+from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.registry import ops
 from deltaloom.graph.types import DType, f32, f64
 from deltaloom.passes.kernel import Appended, Kernel
@@ -54,7 +55,7 @@ class NumpyBackend:
             "use --dtype float32 (weights stored otherwise are widened when they are loaded)"
         )
 
-    def from_host(self, array: Array) -> Array:
+    def from_host(self, array: Array | QuantizedArray) -> Array | QuantizedArray:
         return array
 
     def to_host(self, tensor: Array) -> Array:

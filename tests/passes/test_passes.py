@@ -93,7 +93,8 @@ def test_siblings_become_one_linear_and_a_split() -> None:
     graph = g.build()
     after = PackSiblings().run(graph, Context())
     packed = next(n for n in after.nodes if n.op.name == "linear")
-    assert packed.name == "attn.q_k" and str(packed.outputs[0].type) == "f32[batch, seq, 8]" and packed.origins == ("attn.q", "attn.k")
+    assert packed.name == "attn.q_k" and packed.origins == ("attn.q", "attn.k")
+    assert str(packed.outputs[0].type) == "f32[batch, seq, 8]"
     assert [n.op.name for n in after.nodes].count("linear") == 3 and [n.op.name for n in after.nodes].count("split") == 1
     inputs = {"x": RNG.standard_normal((2, 3, 4), np.float32), "w": RNG.standard_normal((6, 4), np.float32)}
     params = weights_of(graph)

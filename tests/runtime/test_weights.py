@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import deltaloom
-import deltaloom.ops  # noqa: F401 - registers the ops
+import deltaloom.ops
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.errors import CheckpointError
 from deltaloom.graph.interpret import interpret
