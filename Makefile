@@ -2,6 +2,7 @@
 # make test      install what development needs, run the tests
 # make test-all  the slow tests too, with twenty times as many generated cases
 # make lint      ruff and mypy
+# make mutants   do the tests notice 100 seeded mistakes in kernels? Some 20 minutes (MUTANTS="--seed 2 --count 20")
 # make bench     time transformers and the machine's floor (see benchmarks/)
 # make clean     remove the environment and every cache
 #
@@ -15,7 +16,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 # What `make bench` compares; the first is what the others are compared with.
 ENGINES := --engine "transformers=bench_transformers.py"
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint mutants bench clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -35,6 +36,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks $(wildcard examples/*.py)
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/make_midsize.py next-0.3b benchmarks/out/next-0.3b --dtype float32 --keep

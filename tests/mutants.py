@@ -36,6 +36,13 @@ WANTED = 0.95
 LIMIT = 1.5
 """How many times as long as all tests of the backend without a mutant one stage may take."""
 
+NO_SHRINKING = """
+from hypothesis import Phase
+settings.register_profile("mutants", parent=settings.get_profile("few"), phases=(Phase.explicit, Phase.generate))
+settings.load_profile("mutants")
+"""
+"""Added to the conftest of the copy: that a case fails is enough, nobody reads the smallest one."""
+
 
 @dataclass
 class Verdict:
@@ -55,6 +62,8 @@ class Copy:
             if os.path.lexists(ROOT / name):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, root / name, follow_symlinks=False)
+        with open(root / "tests/conftest.py", "a", encoding="utf-8") as conftest:
+            conftest.write(NO_SHRINKING)
         self._environment = {**os.environ, "PYTHONPATH": str(root / "src")}
         where = [sys.executable, "-c", "import deltaloom.backends as b; print(b.__file__)"]
         found = subprocess.run(where, cwd=root, env=self._environment, check=True, capture_output=True, text=True).stdout
