@@ -125,6 +125,8 @@ def check_messages(messages: Sequence[Message], tools: Sequence[Tool] | None) ->
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
             raise RequestError(f"tools[{index}] is {_shown(tool)}; it must be an object that describes a function")
+    for _ in _strings((messages, tools), MAX_NESTING):
+        pass
 
 
 def _check_content(where: str, content: object) -> None:

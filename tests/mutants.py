@@ -64,7 +64,7 @@ class Copy:
                 shutil.copy2(ROOT / name, root / name, follow_symlinks=False)
         with open(root / "tests/conftest.py", "a", encoding="utf-8") as conftest:
             conftest.write(NO_SHRINKING)
-        self._environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+        self._environment = {**os.environ, "PYTHONPATH": str(root / "src"), "COLUMNS": "400"}
         where = [sys.executable, "-c", "import deltaloom.backends as b; print(b.__file__)"]
         found = subprocess.run(where, cwd=root, env=self._environment, check=True, capture_output=True, text=True).stdout
         if not found.startswith(str(root)):

@@ -1,7 +1,8 @@
 """The ways in which ``mutants.py`` makes kernels wrong: which statements there are, and what can be done to each.
 
 The population: statements in function bodies of a file, and the ``when=`` guards of kernels. Left out by rule: the classes
-``...Backend`` (devices, dtypes and names: no kernels); imports, docstrings, asserts and raise statements; f-strings; the use of
+``...Backend`` (devices, dtypes and names: no kernels); imports, docstrings, asserts (``zip(strict=True)`` is
+one) and raise statements; f-strings; signs of literals (-1 becomes -2, not the equal axis 1 of a matrix); the use of
 module-level constants that are numbers (uppercase: block sizes and thread cut-offs, which change the speed and not the result) in
 a quotient or a comparison, with the whole condition that this is part of, and so an ``if`` that chooses a faster way (what
 is inside it is not left out).
@@ -109,7 +110,8 @@ class Source:
 
     def _perturbed(self, node: ast.AST) -> Iterator[Mutant]:
         """Every perturbation in an expression or simple statement."""
-        if isinstance(node, ast.JoinedStr | ast.FunctionDef) or self._is_tuning(node):
+        strict = isinstance(node, ast.keyword) and node.arg == "strict"
+        if strict or isinstance(node, ast.JoinedStr | ast.FunctionDef) or self._is_tuning(node):
             return
         found: list[ast.expr | str] = []
         if isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
@@ -123,7 +125,7 @@ class Source:
             found.append(ast.Compare(node.left, [SWAPS[type(node.ops[0])](), *node.ops[1:]], node.comparators))  # type: ignore[list-item]
         elif isinstance(node, ast.BoolOp):
             found.append(ast.BoolOp(SWAPS[type(node.op)](), node.values))  # type: ignore[arg-type]
-        elif isinstance(node, ast.UnaryOp):
+        elif isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
             found.append(node.operand)
         elif isinstance(node, ast.IfExp):
             found.append(ast.IfExp(node.test, node.orelse, node.body))

@@ -10,13 +10,9 @@ import pytest
 from deltaloom.backends.numpy import threads
 
 
-def bundled():
-    return threads._openblas_files()
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="wheels for other systems may use another BLAS")
 def test_the_bundled_library_is_found_and_has_one_thread():
-    found = bundled()
+    found = threads._openblas_files()
     if not found:
         pytest.skip("this NumPy has no bundled OpenBLAS")
     assert all(path.is_file() and "openblas" in path.name for path in found)
@@ -38,11 +34,28 @@ def test_the_bundled_library_is_found_and_has_one_thread():
 def test_a_file_that_cannot_be_loaded_is_passed_over(monkeypatch, tmp_path):
     damaged = tmp_path / "libopenblas.so"
     damaged.write_bytes(b"not a library")
+    found = threads._openblas_files()
     monkeypatch.setattr(threads, "_openblas_files", lambda: [damaged])
     assert not threads.single_threaded_blas()
-    found = bundled() if threads._openblas_files is bundled else []
     monkeypatch.setattr(threads, "_openblas_files", lambda: [damaged, *found])
     assert threads.single_threaded_blas() == bool(found)
+
+
+def test_a_library_without_the_function_is_not_the_one(monkeypatch):
+    """A library of that name with none of the functions."""
+    monkeypatch.setattr(threads, "_openblas_files", lambda: [Path("libm.so")])
+    monkeypatch.setattr(threads.ctypes, "CDLL", lambda name: object())
+    assert not threads.single_threaded_blas()
+
+
+@pytest.mark.parametrize("symbol", ["scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads"])
+def test_every_way_to_name_the_function_is_known(monkeypatch, symbol):
+    """NumPy's wheels, builds with 64-bit integers, distributions."""
+    given = []
+    library = type("Library", (), {symbol: staticmethod(lambda count: given.append(count.value))})()
+    monkeypatch.setattr(threads, "_openblas_files", lambda: [Path("libopenblas.so")])
+    monkeypatch.setattr(threads.ctypes, "CDLL", lambda name: library)
+    assert threads.single_threaded_blas() and given == [1]
 
 
 def test_a_library_of_a_distribution_is_found_in_the_memory_map(monkeypatch, tmp_path):
@@ -59,7 +72,11 @@ def test_a_library_of_a_distribution_is_found_in_the_memory_map(monkeypatch, tmp
     maps = tmp_path / "maps"
     maps.write_text("\n".join(lines) + "\n", encoding="utf-8")
     opened = open
-    monkeypatch.setattr("builtins.open", lambda name, *rest, **options: opened(maps if name == "/proc/self/maps" else name, *rest, **options))
+
+    def redirected(name, *rest, **options):
+        return opened(maps if name == "/proc/self/maps" else name, *rest, **options)
+
+    monkeypatch.setattr("builtins.open", redirected)
     monkeypatch.setattr(threads.os.path, "exists", lambda name: name == "/proc/self/maps")
     assert threads._openblas_files() == [
         Path("/usr/lib/libopenblas.so.0"),
