@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except MemoryError:
-        return fail("there is not enough memory; a shorter prompt, a smaller --max-batch or a smaller --dtype needs less")
+        return fail("there is not enough memory; a shorter prompt or a smaller max_batch (--config) needs less")
 
 
 def fail(message: str, code: int = USAGE) -> int:

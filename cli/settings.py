@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaloom.graph.errors import ConfigError, DeltaloomError, require
-from deltaloom.passes.config import CompileConfig, compile_config
-from deltaloom.runtime.params import SAMPLING_FIELDS, GenerationDefaults, SamplingParams
+from deltaloom.passes.config import CompileConfig, backend_order, compile_config
+from deltaloom.runtime.params import DEFAULT_MAX_BATCH, SAMPLING_FIELDS, GenerationDefaults, SamplingParams
 
 if TYPE_CHECKING:
     from deltaloom.runtime.llm import LLM
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BUILT_IN: dict[str, Any] = {
     "model": "tiny-next",
     "max_model_len": None,
-    "max_batch": 8,
+    "max_batch": DEFAULT_MAX_BATCH,
     "generation_config": "auto",
     "hf_overrides": {},
     "check_weights": False,
@@ -162,7 +162,7 @@ def _place(flag: str) -> tuple[str, str] | None:
 
 def _flag_value(name: str, value: Any) -> Any:
     if name == "backend":
-        return tuple(part.strip() for part in value.split(","))
+        return backend_order(value)
     if name != "hf_overrides":
         return value
     try:

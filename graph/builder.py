@@ -14,7 +14,8 @@ from typing import Any
 
 from deltaloom.graph.dims import Dim
 from deltaloom.graph.errors import GraphError
-from deltaloom.graph.ir import Call, Graph, Node, State, Value, ValueKind
+from deltaloom.graph.ir import Call, Graph, Node, State, Value
+from deltaloom.graph.naming import free_name
 from deltaloom.graph.op import Op
 from deltaloom.graph.registry import OpRegistry, ops
 from deltaloom.graph.types import DType, QuantType, TensorType, f32
@@ -152,18 +153,14 @@ class GraphBuilder:
         )
 
     def _emit(self, op: Op, inputs: tuple[Value, ...], types: tuple[TensorType, ...], names: list[str]) -> Any:
-        kind: ValueKind = "node"
-        outputs = tuple(Value(self._unique(n), t, kind) for n, t in zip(names, types, strict=True))
+        outputs = tuple(Value(self._unique(n), t) for n, t in zip(names, types, strict=True))
         self._nodes.append(Node(op, inputs, outputs, self._scope.rstrip("."), _caller()))
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _unique(self, name: str) -> str:
-        candidate, count = name, 1
-        while candidate in self._taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        self._taken.add(candidate)
-        return candidate
+        found = free_name(name, self._taken)
+        self._taken.add(found)
+        return found
 
 
 def _caller() -> str:

@@ -83,14 +83,6 @@ class Node:
         """The name of the first output names the node."""
         return self.outputs[0].name
 
-    def state_update(self, state: Value) -> Value | None:
-        """The output that is the new value of ``state``, if this node updates it."""
-        names = self.op.input_names()
-        for position, value in enumerate(self.inputs):
-            if value == state and position < len(names) and names[position] in self.op.updates:
-                return self.outputs[self.op.updates[names[position]]]
-        return None
-
 
 @dataclass(frozen=True)
 class State:

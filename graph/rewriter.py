@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from deltaloom.graph.errors import GraphError
 from deltaloom.graph.ir import Call, Graph, Node, Value
+from deltaloom.graph.naming import free_name
 from deltaloom.graph.op import Op
 from deltaloom.graph.order import topological
 from deltaloom.graph.types import TensorType
@@ -66,7 +67,7 @@ class Rewriter:
         taken = self._names()
         outputs = []
         for name, type_ in zip(names, types, strict=True):
-            outputs.append(Value(_unique(name, taken), type_))
+            outputs.append(Value(free_name(name, taken), type_))
             taken.add(outputs[-1].name)
         scope, source = (near.scope, near.source) if near is not None else ("", "")
         self._nodes.insert(position, Node(op, given, tuple(outputs), scope, source, origins))
@@ -156,10 +157,6 @@ class Rewriter:
         """Use other regions, for example ones with other parameters or inputs; calls are then checked against these."""
         self._regions = dict(regions)
 
-    def set_weights(self, weights: Graph | None) -> None:
-        """Use another weight graph."""
-        self._weights = weights
-
     def result(self, *, after: str = "") -> Graph:
         """The new graph, its nodes in an order that defines before it uses (unchanged where it was one), verified;
         ``after`` names the pass in the error."""
@@ -233,11 +230,3 @@ def _origins(nodes: Sequence[Node]) -> tuple[str, ...]:
     """Names of the values that the nodes were first built as, without repeats."""
     found = [name for node in nodes for name in (node.origins or tuple(value.name for value in node.outputs))]
     return tuple(dict.fromkeys(found))
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    candidate, count = name, 1
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    return candidate

@@ -70,10 +70,6 @@ class ModelConfig:
                     ConfigError,
                 )
 
-    def layer_kind(self, layer: int) -> LayerKind:
-        """``linear_attention`` (Gated DeltaNet) or ``full_attention``, layers counted from 0."""
-        return self.layer_types[layer]
-
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer's feed-forward part has experts; if not, it is a SwiGLU of ``intermediate_size``."""
         return (

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.errors import CheckpointError
 from deltaloom.graph.ir import Graph, Value
+from deltaloom.graph.naming import free_name
 from deltaloom.graph.types import DType
 from deltaloom.models.config import ModelConfig
 from deltaloom.models.families import FULL, LayerKind
@@ -64,11 +65,7 @@ def layer_bodies(config: ModelConfig, forms: Sequence[LayerForm], dtype: DType, 
     for form in forms:
         if form in by_form:
             continue
-        name, count = form.name, 1
-        while name in distinct:
-            count += 1
-            name = f"{form.name}_{count}"
-        body = layer(config, form, dtype, name)
+        body = layer(config, form, dtype, free_name(form.name, distinct))
         same = (known for known in distinct.values() if replace(body, name=known.name) == known)
         by_form[form] = body = next(same, body)
         distinct[body.name] = body

@@ -12,7 +12,7 @@ import deltaloom.ops  # noqa: F401  (puts the built-in ops into the registry)
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.dims import Dim, symbol
 from deltaloom.graph.ir import Value
-from deltaloom.graph.types import QuantType, bool_, f8_e4m3, f32, i64
+from deltaloom.graph.types import bool_, i64
 from deltaloom.models.config import ModelConfig
 from deltaloom.models.quantization import QuantizationConfig
 from deltaloom.models.rope_config import inverse_frequencies, magnitude
@@ -81,7 +81,7 @@ def matrix(g: GraphBuilder, stored: Stored, module: str, rows: int, columns: Dim
     name = f"{module}.weight"
     if stored.quantization is None or not stored.quantises(module):
         return g.param(name, [rows, columns])
-    packed = g.param(name, [rows, columns], QuantType(f8_e4m3, stored.quantization.block, f32))
+    packed = g.param(name, [rows, columns], stored.quantization.type)
     weight: Value = g.dequantize(packed, dtype=g.dtype.long_name, name=f"{module}.dequantized")
     return weight
 

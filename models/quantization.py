@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from deltaloom.graph.errors import ConfigError
+from deltaloom.graph.types import QuantType, f8_e4m3, f32
 from deltaloom.models.json_fields import Fields, describe
 
 _FP8_FIELDS = ("quant_method", "fmt", "activation_scheme", "weight_block_size", "modules_to_not_convert", "dequantize")
@@ -37,7 +38,11 @@ class QuantizationConfig:
 
     block: tuple[int, int]
     modules_to_not_convert: tuple[str, ...]
-    method: str = "fp8"
+
+    @property
+    def type(self) -> QuantType:
+        """What a stored matrix is."""
+        return QuantType(f8_e4m3, self.block, f32)
 
     def keeps(self, module: str) -> bool:
         """True if the module of this full dotted name stays as it is: it, or a module around it, is on the list."""
@@ -47,10 +52,6 @@ class QuantizationConfig:
     @cached_property
     def _kept(self) -> frozenset[str]:
         return frozenset(self.modules_to_not_convert)
-
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Shape of ``weight_scale_inv`` for a weight ``[rows, columns]``; blocks at the border may be partial."""
-        return -(-rows // self.block[0]), -(-columns // self.block[1])
 
 
 def read_quantization(values: Mapping[str, object]) -> QuantizationConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -28,7 +28,17 @@ class CompileConfig:
         repeated = sorted({b for b in self.backends if self.backends.count(b) > 1})
         require(not repeated, f"backends names {', '.join(repeated)} twice", ConfigError)
         require(self.prefill_chunk >= 1, f"prefill_chunk is {self.prefill_chunk}, expected at least 1", ConfigError)
+        for op, order in self.kernels.items():
+            strange = [name for name in order if name not in self.backends]
+            has = ", ".join(self.backends)
+            found = f"kernels.{op} names {', '.join(strange)}, which backends ({has}) does not; add it there, in last place"
+            require(not strange, found, ConfigError)
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}, expected at least 1", ConfigError)
+
+
+def backend_order(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Backends in order of preference: a list of names, or one text with commas between them."""
+    return tuple(part.strip() for part in names.split(",")) if isinstance(names, str) else tuple(names)
 
 
 _KINDS: dict[str, tuple[type, str]] = {

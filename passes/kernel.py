@@ -18,7 +18,7 @@ from deltaloom.graph.dims import Dim
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.ir import Node
 from deltaloom.graph.quantized import QuantizedArray
-from deltaloom.graph.types import DType, QuantType
+from deltaloom.graph.types import DType, TensorType
 
 Tensor = Any
 """A backend's own tensor; only its backend looks inside."""
@@ -126,22 +126,17 @@ def find_kernel(backend: Backend, op: str, name: str) -> Callable[..., Any]:
 # Guards that kernels are built from.
 
 
-def input_type(node: Node, name: str) -> Any:
-    """The type of the input called ``name``, or None where an optional input is absent."""
-    position = node.op.input_names().index(name)
-    return node.inputs[position].type if position < len(node.inputs) else None
+def input_type(node: Node, name: str) -> TensorType:
+    """The type of the input called ``name``, which the node must have."""
+    return node.inputs[node.op.input_names().index(name)].type
 
 
-def size(name: str, axis: int, *, equals: int | None = None, at_most: int | None = None) -> Guard:
-    """The size of an axis of an input must be known and be as said."""
+def size(name: str, axis: int, *, equals: int) -> Guard:
+    """An axis of an input must be known and have this size."""
 
     def guard(node: Node) -> str | None:
         found: Dim = input_type(node, name).shape[axis]
-        if equals is not None and found != equals:
-            return f"axis {axis} of {name} is {found}, not {equals}"
-        if at_most is not None and not (isinstance(found, int) and found <= at_most):
-            return f"axis {axis} of {name} is {found}, over {at_most}"
-        return None
+        return None if found == equals else f"axis {axis} of {name} is {found}, not {equals}"
 
     return guard
 
@@ -150,7 +145,7 @@ def dtype_in(name: str, *dtypes: DType) -> Guard:
     """The dtype of an input must be one of those listed."""
 
     def guard(node: Node) -> str | None:
-        found: DType | QuantType = input_type(node, name).dtype
+        found = input_type(node, name).dtype
         return None if found in dtypes else f"{name} is {found}, not {' or '.join(map(str, dtypes))}"
 
     return guard
@@ -162,24 +157,5 @@ def is_param(name: str) -> Guard:
     def guard(node: Node) -> str | None:
         value = node.inputs[node.op.input_names().index(name)]
         return None if value.kind == "param" else f"{name} is %{value.name}, which is computed, not a weight"
-
-    return guard
-
-
-def attribute(name: str, *allowed: object) -> Guard:
-    """An attribute of the op must have one of the listed values."""
-
-    def guard(node: Node) -> str | None:
-        found = getattr(node.op, name)
-        return None if found in allowed else f"{name} is {found!r}, not {' or '.join(map(repr, allowed))}"
-
-    return guard
-
-
-def absent(name: str) -> Guard:
-    """An optional input must not be given."""
-
-    def guard(node: Node) -> str | None:
-        return None if input_type(node, name) is None else f"input {name} is given"
 
     return guard

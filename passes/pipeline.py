@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,13 +80,13 @@ def run_pipeline(
     not met, before running any pass."""
     check_order(passes, properties)
     ledger = []
-    verify(graph, after="the model's layer graph")
+    verify(graph)
     for step in passes:
         start = time.perf_counter()
         before = graph
         try:
             graph = step.run(before, ctx)
-            verify(graph, after=f"pass '{step.name}'")
+            verify(graph, after=step.name)
         except DeltaloomError as error:
             folder = _repro(before, step, ctx.config)
             saved = f"; its input is in {folder}" if folder else ""
@@ -136,24 +135,27 @@ def _repro(graph: Graph, step: Pass, config: CompileConfig) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "graph.txt").write_text(print_graph(graph), encoding="utf-8")
         (folder / "graph.json").write_text(to_json(graph), encoding="utf-8")
-        options = {"pass": f"{type(step).__module__}:{type(step).__qualname__}", "options": asdict(step)}
-        (folder / "pass.json").write_text(json.dumps(options, default=str, indent=1), encoding="utf-8")
-        (folder / "run.py").write_text(_SCRIPT, encoding="utf-8")
+        module, name = type(step).__module__, type(step).__qualname__
+        script = _SCRIPT.format(module=module, name=name, step=step, config=replace(config, dump=None))
+        (folder / "run.py").write_text(script, encoding="utf-8")
     except OSError:
         return None
     return folder
 
 
 _SCRIPT = '''"""Run the failing pass again on its saved input."""
-import importlib, json, pathlib
-import deltaloom.ops
-from deltaloom.graph.serialize import from_json
-from deltaloom.passes.pipeline import Context, run_pipeline
+import pathlib
 
-here = pathlib.Path(__file__).parent
-spec = json.loads((here / "pass.json").read_text())
-module, _, name = spec["pass"].partition(":")
-step = getattr(importlib.import_module(module), name)(**spec["options"])
-graph = from_json((here / "graph.json").read_text())
-print(run_pipeline(graph, [step], Context(), properties=frozenset(step.requires)).graph)
+import deltaloom.ops
+from deltaloom.backends import backend
+from deltaloom.graph.serialize import from_json
+from deltaloom.passes.config import CompileConfig
+from deltaloom.passes.pipeline import Context, run_pipeline
+from {module} import {name}
+
+config = {config!r}
+backends = tuple(backend(name, device=config.device, threads=config.threads) for name in config.backends)
+step = {step!r}
+graph = from_json((pathlib.Path(__file__).parent / "graph.json").read_text())
+print(run_pipeline(graph, [step], Context(config, backends), properties=frozenset(step.requires)).graph)
 '''

@@ -22,6 +22,10 @@ class Conflict:
     lost: tuple[int, ...]
     loser: str
 
+    def __str__(self) -> str:
+        graph, name, backend = self.weight
+        return f"@{name} of {graph} is stored as {self.kept} for {backend}; {self.loser} wanted {self.lost}"
+
 
 def decide_layouts(programs: Sequence[Graph]) -> tuple[dict[LayoutKey, tuple[int, ...]], tuple[Conflict, ...]]:
     """Layouts of the weights that placed kernels of ``programs`` disagree about, and who lost.

@@ -11,7 +11,7 @@ from deltaloom.passes.config import CompileConfig
 from deltaloom.runtime.chat_template import NO_KWARGS, Tool, encode_chat
 from deltaloom.runtime.generate import Request, Timings, groups, run_group
 from deltaloom.runtime.load import ModelReference, load
-from deltaloom.runtime.params import GenerationDefaults, ResolvedParams, SamplingParams
+from deltaloom.runtime.params import DEFAULT_MAX_BATCH, GenerationDefaults, ResolvedParams, SamplingParams
 from deltaloom.runtime.prompts import (
     Conversation,
     EncodedPrompt,
@@ -27,7 +27,6 @@ from deltaloom.runtime.score import score
 from deltaloom.runtime.tokenizer import Tokenizer
 
 GenerationConfigMode = Literal["auto", "none"]
-DEFAULT_MAX_BATCH = 8
 
 
 class LLM:

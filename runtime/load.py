@@ -10,6 +10,7 @@ import deltaloom.ops  # noqa: F401 - puts the built-in ops into the registry
 from deltaloom.backends import backend as make_backend
 from deltaloom.graph.errors import CheckpointError, ConfigError, require
 from deltaloom.graph.ir import Graph
+from deltaloom.graph.registry import ops
 from deltaloom.graph.types import dtype_named
 from deltaloom.models.build import ModelGraphs
 from deltaloom.models.build import build_graph as build_family
@@ -18,8 +19,9 @@ from deltaloom.models.checkpoint import Checkpoint, check_finite
 from deltaloom.models.config import ModelConfig, read_config
 from deltaloom.models.coverage import CoverageReport, coverage
 from deltaloom.models.inventory import checkpoint_tensors
-from deltaloom.passes.config import CompileConfig
+from deltaloom.passes.config import CompileConfig, backend_order
 from deltaloom.passes.driver import Driver, Variant
+from deltaloom.passes.kernel import Backend
 from deltaloom.passes.pipeline import Context
 from deltaloom.runtime.executor import Executor
 from deltaloom.runtime.model import Model, MtpHead
@@ -74,13 +76,12 @@ def compile(graph: Graph, config: CompileConfig | None = None) -> Driver:
     """The programs of a layer graph: ``compile(graph).program(Variant(decode=True, padded=False, outputs=("logits",)))``."""
     options = config or CompileConfig()
     names = tuple(name for name, _ in graph.outputs)
-    ctx = Context(options, tuple(make_backend(b, device=options.device, threads=options.threads) for b in options.backends))
-    return Driver(graph, ctx, planned=(Variant(False, False, names), Variant(True, False, names)))
+    return Driver(graph, Context(options, _backends(options)), planned=(Variant(False, False, names), Variant(True, False, names)))
 
 
 def context(config: CompileConfig, shape: ModelConfig) -> Context:
     """The backends of a configuration, with ``dtype="auto"`` resolved: float32 on a CPU, the checkpoint's on an accelerator."""
-    backends = tuple(make_backend(b, device=config.device, threads=config.threads) for b in config.backends)
+    backends = _backends(config)
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if config.device == "cpu" else shape.dtype
@@ -89,11 +90,17 @@ def context(config: CompileConfig, shape: ModelConfig) -> Context:
     return Context(replace(config, dtype=dtype), backends)
 
 
+def _backends(config: CompileConfig) -> tuple[Backend, ...]:
+    """The backends of a configuration, in order; ``ConfigError`` for an override of an op that does not exist."""
+    for op in config.kernels:
+        require(op in ops, f"kernels.{op}: there is no op '{op}'; `deltaloom ops` lists them", ConfigError)
+    return tuple(make_backend(name, device=config.device, threads=config.threads) for name in config.backends)
+
+
 def with_overrides(config: CompileConfig, backend: str | Sequence[str] | None, dtype: str | None) -> CompileConfig:
     """``config`` with a backend (or an order of them) and a dtype in place of its own, where given."""
     if backend is not None:
-        names = tuple(backend.split(",")) if isinstance(backend, str) else tuple(backend)
-        config = replace(config, backends=names)
+        config = replace(config, backends=backend_order(backend))
     return config if dtype is None else replace(config, dtype=dtype)
 
 

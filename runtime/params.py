@@ -4,8 +4,8 @@ Field names are those of vLLM's and OpenAI's requests. A sampling field left at 
 default (generation_config.json); temperature 0 is greedy.
 """
 
-import json
 import math
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from deltaloom.graph.errors import CheckpointError, RequestError
+from deltaloom.models.json_fields import read_json_object
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
+DEFAULT_MAX_BATCH = 8
+"""Sequences that run together unless ``LLM`` is told otherwise."""
 SEED_BITS = 64
 SAMPLING_FIELDS = (
     "temperature",
@@ -141,15 +144,7 @@ class GenerationDefaults:
     def from_folder(cls, folder: str | Path) -> "GenerationDefaults":
         """The defaults of the checkpoint in ``folder``; plain sampling if it brings none. Raises CheckpointError."""
         path = Path(folder) / GENERATION_CONFIG_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, an object was expected")
-        return cls.from_json(content, str(path))
+        return cls.from_json(read_json_object(path), str(path)) if os.path.lexists(path) else cls()
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,6 @@ from deltaloom.testing.laws import check_law
 from deltaloom.testing.measure import assert_close
 from deltaloom.testing.sharding import RANKS, check_sharding
 
-DTYPES_UNDER_TEST = (f32, f64, bf16)
-
 
 def check_types(op: type[Op], draw: Draw) -> None:
     """The inferred types are those of the reference's results, and the cost is a count."""
@@ -143,7 +141,7 @@ CHECKS = (
 
 def _drawn(op: type[Op], draw: Draw) -> tuple[Op, tuple[Value, ...]]:
     case = draw_case(op, draw)
-    dtype: DType = draw.choice(*DTYPES_UNDER_TEST)
+    dtype: DType = draw.choice(*kernels.DTYPES_UNDER_TEST)
     return case.op, concrete(case, dtype)
 
 

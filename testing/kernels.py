@@ -13,8 +13,10 @@ from deltaloom.graph.op import Array, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import DType, bf16, f32, f64
 from deltaloom.passes.kernel import Appended, Backend, Kernel
-from deltaloom.testing.evaluate import Value, as_tuple, one_node, reference, type_of
+from deltaloom.testing.evaluate import Value, as_tuple, one_node, type_of
 
+DTYPES_UNDER_TEST = (f32, f64, bf16)
+"""The float dtypes that the kit draws from."""
 ROOM = 3
 """Entries of an append state's buffer behind those that a case needs; they hold ``RUBBISH``."""
 RUBBISH = 50.0
@@ -23,7 +25,7 @@ RUBBISH = 50.0
 def dtypes_of(backend: Backend) -> tuple[DType, ...]:
     """The dtypes of the kit that the backend computes in."""
     found = []
-    for dtype in (f32, bf16, f64):
+    for dtype in DTYPES_UNDER_TEST:
         try:
             found.append(backend.compute_dtype(dtype.long_name))
         except CompileError:
@@ -99,8 +101,3 @@ def _check_unchanged(
         before = array.transpose(layouts[position]) if position in layouts else array
         same = np.array_equal(now.astype(np.float64), before.astype(np.float64), equal_nan=True)
         assert same, f"the kernel for {node.op} changed its input {position}, which is no state"
-
-
-def expected(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...]:
-    """The outputs that a kernel is held to, in the dtype of the arrays."""
-    return reference(op, arrays)

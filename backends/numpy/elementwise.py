@@ -8,6 +8,7 @@ cache: five passes over fresh 8 MB temporaries cost more in page faults than in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,10 @@ def swiglu(op: Op, gate: Array, up: Array) -> Array:
 
 @table.kernel("sigmoid_gate", when=(FLOAT,))
 def sigmoid_gate(op: Op, x: Array, gate: Array) -> Array:
-    """One division instead of a division and a product."""
+    """One division instead of a division and a product; one gate for all, as the shared expert has, is a plain number."""
+    if gate.size == 1:
+        scaled: Array = np.multiply(x, 1 / (1 + exp(-max(gate.item(), -700.0))))
+        return scaled
     return by_rows(_sigmoid_gate_into, np.empty(x.shape, x.dtype), x, gate)
 
 

@@ -39,6 +39,11 @@ def normalise_into(out: Array, x: Array, divisor: float, eps: float) -> None:
 def rms_norm(op: Op, x: Array, weight: Array) -> Array:
     """Both rounding orders are one when nothing is cast."""
     eps = cast(_HasEps, op).eps
+    if x.size == x.shape[-1]:
+        row = x.reshape(-1)
+        scaled = np.multiply(x, weight)
+        scaled *= 1 / sqrt(float(row.dot(row)) / len(row) + eps)
+        return scaled
 
     def run(out: Array, x: Array) -> None:
         normalise_into(out, x, x.shape[-1], eps)

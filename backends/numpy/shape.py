@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from typing import Protocol, cast
 
@@ -38,13 +39,14 @@ def flatten(op: Op, x: Array) -> Array:
 @table.kernel("split")
 def split(op: Op, x: Array) -> tuple[Array, ...]:
     """Slices are views; ``np.split`` takes 3 us more."""
-    sizes, axis = cast(_Split, op).sizes, cast(_Split, op).axis
-    before = (slice(None),) * (axis if axis >= 0 else x.ndim + axis)
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(x[(*before, slice(start, start + size))])
-        start += size
-    return tuple(parts)
+    return tuple([x[part] for part in _parts(cast(_Split, op).sizes, cast(_Split, op).axis, x.ndim)])
+
+
+@cache
+def _parts(sizes: tuple[int, ...], axis: int, rank: int) -> list[tuple[slice, ...]]:
+    """The index of each part."""
+    before = (slice(None),) * (axis % rank)
+    return [(*before, slice(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
 
 
 @table.kernel("embedding", when=(dtype_in("ids", i32, i64),))

@@ -111,12 +111,12 @@ def test_large_states_are_shared_over_threads():
     check(inputs(1, 80, 7, 2, 96, 64, decay=(-2, 0)))
 
 
-@pytest.mark.parametrize("n, block", [(1, 16), (7, 16), (16, 16), (32, 16), (64, 16), (64, 64), (8, 2)])
-def test_triangular_inverse(n, block):
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 64])
+def test_triangular_inverse(n):
     rng = np.random.default_rng(n)
     matrices = rng.uniform(-1, 1, (5, n, n))
     expected = np.linalg.inv(np.tril(matrices, -1) + np.eye(n))
-    found = unit_lower_inverse(matrices, block)
+    found = unit_lower_inverse(matrices)
     assert np.abs(found - expected).max() <= 1e-9 * np.abs(expected).max()
     assert np.all(np.triu(found, 1) == 0)
 

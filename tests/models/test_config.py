@@ -73,7 +73,7 @@ def test_published_and_modern_form_are_the_same_model() -> None:
 def test_the_80b_has_the_layer_kinds_of_its_inventory() -> None:
     inventory = json.loads((GOLDEN / "inventory" / "tensors_80b.json").read_text())
     config = read_config(PUBLISHED)
-    full = [layer for layer in range(48) if config.layer_kind(layer) == "full_attention"]
+    full = [layer for layer in range(48) if config.layer_types[layer] == "full_attention"]
     assert full == inventory["full_layers"]
     assert all(config.is_moe_layer(layer) for layer in range(48))
     assert config.head_dim == 256 and config.rope.rotary_dim == 64 and config.num_nextn_predict_layers == 1
@@ -254,7 +254,7 @@ def test_block_fp8_matches_whole_dotted_names() -> None:
     assert not quantization.keeps("model.layers.0.mlp.gate_proj")
     assert not quantization.keeps("model.layers.0.mlp.shared_expert.gate_proj")
     assert not quantization.keeps("model.layers.10.mlp.gate") and not quantization.keeps("head.lm_head")
-    assert quantization.scale_shape(12288, 2048) == (96, 16) and quantization.scale_shape(129, 1) == (2, 1)
+    assert quantization.type.scale_shape((12288, 2048)) == (96, 16) and quantization.type.scale_shape((129, 1)) == (2, 1)
 
 
 def test_fp8_scale_shapes_of_the_80b_inventory() -> None:
@@ -264,7 +264,7 @@ def test_fp8_scale_shapes_of_the_80b_inventory() -> None:
     checked = [entry for entry in inventory["tensors"] if entry["fp8_scale_shape"]]
     assert len(checked) > 10
     for entry in checked:
-        assert list(quantization.scale_shape(*entry["shape"])) == entry["fp8_scale_shape"], entry["name"]
+        assert list(quantization.type.scale_shape(tuple(entry["shape"]))) == entry["fp8_scale_shape"], entry["name"]
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_bad_generation_config(tmp_path: Path, content: dict[str, object], said:
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "cannot be read as JSON"), ("[]", "holds a JSON list")])
+@pytest.mark.parametrize(("text", "said"), [("{", "is not valid JSON"), ("[]", "holds a list of 0")])
 def test_damaged_generation_config(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=said):
