@@ -14,7 +14,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 # What `make bench` compares; the first is what the others are compared with.
-ENGINES := --engine "transformers=bench_transformers.py"
+ENGINES := --engine "transformers=bench_transformers.py" \
+	--engine "numpy=bench_deltaloom.py --backend numpy" --engine "torch=bench_deltaloom.py --backend torch"
 
 .PHONY: help demo test test-all lint mutants bench clean
 .DEFAULT_GOAL := help

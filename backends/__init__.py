@@ -34,5 +34,9 @@ def backend(name: str, *, device: str | None = None, threads: int | None = None)
             f"`pip install 'deltaloom[{package}]'`, or use --backend numpy"
         )
     module, _, attribute = TABLE[name].partition(":")
-    made: Backend = getattr(import_module(module), attribute)(device=device, threads=threads)
+    try:
+        found = getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise CompileError(f"the backend '{name}' cannot be imported: {error}; repair its package or use --backend numpy") from None
+    made: Backend = found(device=device, threads=threads)
     return made

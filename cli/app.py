@@ -3,6 +3,7 @@
 Exit codes: 0 fine, 1 a check failed, 2 a user's mistake or an unusable file, 130 interrupted, 141 the reader went away.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and give its exit code."""
+    open_streams()
     try:
         command = typer.main.get_command(app)
         with command.make_context("deltaloom", list(arguments)) as context:
@@ -63,9 +65,13 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # what the interpreter still has to write at its exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        discard_output()
+        return fail(f"standard output cannot be written: {error.strerror}")
     except MemoryError:
         return fail("there is not enough memory; a shorter prompt or a smaller max_batch (--config) needs less")
 
@@ -74,10 +80,25 @@ def fail(message: str, code: int = USAGE) -> int:
     """Show an error on standard error."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        discard_output()
     print(f"deltaloom: {message}", file=sys.stderr)
     return code
+
+
+def open_streams() -> None:
+    """Standard streams that the caller closed read as empty and write to nowhere."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
+def discard_output() -> None:
+    """What the interpreter still has to write to standard output at its exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage_failure(error: Exception) -> int:

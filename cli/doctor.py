@@ -12,7 +12,7 @@ from deltaloom import __version__
 from deltaloom.cli.table import columns
 from deltaloom.graph.errors import DeltaloomError
 
-LIBRARIES = ("numpy", "torch", "networkx", "safetensors", "tokenizers", "ml_dtypes", "jinja2", "typer", "rich")
+LIBRARIES = ("numpy", "torch", "networkx", "tokenizers", "ml_dtypes", "jinja2", "typer")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 

@@ -105,9 +105,21 @@ class Settings:
                 tables["sampling"][key] = Setting(value, origin)
         return tables
 
+    def _check_ranges(self) -> None:
+        """What loading would refuse of [model] and [compile], refused without loading."""
+        from deltaloom.backends import TABLE
+
+        for name in self.compile_config().backends:
+            require(name in TABLE, f"there is no backend '{name}'; known are {', '.join(TABLE)}", ConfigError)
+        for key in ("max_model_len", "max_batch"):
+            value = self.value("model", key)
+            require(value is None or value >= 1, f"{key} is {value}, expected at least 1", ConfigError)
+        mode = self.value("model", "generation_config")
+        require(mode in ("auto", "none"), f"generation_config is {mode!r}, expected 'auto' or 'none'", ConfigError)
+
     def describe(self) -> str:
         """What ``--print-config`` shows: a TOML file that gives these settings again, with the origins as comments."""
-        self.compile_config()
+        self._check_ranges()
         self.sampling_params()
         lines: list[str] = []
         for table, values in self.with_checkpoint().items():
@@ -125,6 +137,8 @@ def read_run_file(path: Path) -> dict[str, dict[str, Any]]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file (--config)") from None
+    except RecursionError:
+        raise ConfigError(f"{path} cannot be read as TOML: its values are nested too deep") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
     known = {"model": tuple(BUILT_IN), "compile": COMPILE_KEYS, "sampling": SAMPLING_KEYS}
@@ -167,6 +181,8 @@ def _flag_value(name: str, value: Any) -> Any:
         return value
     try:
         found = json.loads(value)
+    except RecursionError:
+        raise ConfigError("--hf-overrides is nested too deep; it is an object of config.json fields") from None
     except ValueError as error:
         raise ConfigError(f"--hf-overrides is not valid JSON: {error}") from None
     _check_kind("hf_overrides", found, "the flag --hf-overrides: ")

@@ -121,7 +121,7 @@ def _open_shards(folder: Path, *, single_file_too: bool) -> dict[str, Safetensor
         raise CheckpointError(
             f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}, which names other files; remove the one that is stale."
         )
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    missing = [shard for shard in shards if not os.path.exists(folder / shard)]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of the {len(shards)} files that {index} names are missing, first {missing[0]}; "

@@ -15,6 +15,8 @@ from deltaloom.models.rope_config import RopeConfig, read_rope
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 MOST_LAYERS = 4096
+MOST_EXPERTS = 2**18  # of all layers together: as many names are listed before a weight is read
+LARGEST_HEAD = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def _build(values: Mapping[str, object]) -> ModelConfig:
         num_key_value_heads=heads if kv_is_null else size("num_key_value_heads"),
         head_dim=head_dim,
         intermediate_size=size("intermediate_size"),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, above=0.0),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, above=0.0, maximum=1.0),
         max_position_embeddings=positions,
         rope=read_rope(values, head_dim, positions, family.partial_rotary_factor),
         layer_types=_layer_types(fields, family, layers),
@@ -243,6 +245,11 @@ def _layer_types(fields: Fields, family: Family, layers: int) -> tuple[LayerKind
 def _check_heads(config: ModelConfig) -> None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     require(
+        config.head_dim <= LARGEST_HEAD,
+        f"head_dim is {config.head_dim}; expected at most {LARGEST_HEAD}.",
+        ConfigError,
+    )
+    require(
         heads % kv_heads == 0,
         f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; "
         "each key/value head serves the same number of query heads.",
@@ -274,6 +281,11 @@ def _check_layers(config: ModelConfig) -> None:
 
 def _check_experts(config: ModelConfig) -> None:
     chosen, experts = config.num_experts_per_tok, config.num_experts
+    require(
+        experts * config.num_hidden_layers <= MOST_EXPERTS,
+        f"num_experts is {experts} in {config.num_hidden_layers} layers; expected at most {MOST_EXPERTS} experts in all.",
+        ConfigError,
+    )
     require(
         experts == 0 or chosen <= experts,
         f"num_experts_per_tok {chosen} exceeds num_experts {experts}; a token can choose each expert once.",

@@ -27,8 +27,10 @@ def apply_penalties(
     ``frequency`` for each one and ``presence`` once if there is any. (Keskar et al. 2019, "CTRL"; OpenAI API.)
     """
     strength = repetition[:, None]
-    repeated = np.where(logits > 0, logits / strength, logits * strength)
-    penalised = np.where(seen, repeated, logits)
+    with np.errstate(over="ignore"):  # an extreme penalty reaches the largest number, where it stays
+        repeated = np.where(logits > 0, logits / strength, logits * strength)
+    largest = np.finfo(np.float64).max / 4  # so that no difference of two overflows later
+    penalised = np.where(seen, np.clip(repeated, -largest, largest), logits)
     penalised = penalised - frequency[:, None] * output_counts
     return penalised - presence[:, None] * (output_counts > 0)
 

@@ -9,6 +9,9 @@ from typing import Any
 from deltaloom.graph.errors import ConfigError, require
 
 
+MOST_THREADS = 4096
+
+
 @dataclass(frozen=True)
 class CompileConfig:
     """How a model is compiled. ``backends``: first that accepts an op wins; ``kernels`` overrides that order for single ops;
@@ -25,6 +28,7 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.backends), "backends is empty; name at least one, for example numpy", ConfigError)
+        require(all(self.backends), f"backends is {list(self.backends)}; a name in it is empty", ConfigError)
         repeated = sorted({b for b in self.backends if self.backends.count(b) > 1})
         require(not repeated, f"backends names {', '.join(repeated)} twice", ConfigError)
         require(self.prefill_chunk >= 1, f"prefill_chunk is {self.prefill_chunk}, expected at least 1", ConfigError)
@@ -33,7 +37,11 @@ class CompileConfig:
             has = ", ".join(self.backends)
             found = f"kernels.{op} names {', '.join(strange)}, which backends ({has}) does not; add it there, in last place"
             require(not strange, found, ConfigError)
-        require(self.threads is None or self.threads >= 1, f"threads is {self.threads}, expected at least 1", ConfigError)
+        require(
+            self.threads is None or 1 <= self.threads <= MOST_THREADS,
+            f"threads is {self.threads}, expected 1 to {MOST_THREADS}",
+            ConfigError,
+        )
 
 
 def backend_order(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -48,16 +48,16 @@ class Driver:
     def program(self, variant: Variant) -> Program:
         """The compiled program of ``variant``, made when first asked for."""
         if variant not in self._programs:
-            placed = self._place(variant, self.layouts)
-            done = run_pipeline(placed.graph, (Transfers(),), self.ctx, properties=placed.properties, title=str(variant))
-            self.ledgers[f"{variant} -> {', '.join(variant.outputs)}"] = placed.ledger + done.ledger
+            done = self._place(variant, self.layouts, Transfers())
+            self.ledgers[f"{variant} -> {', '.join(variant.outputs)}"] = done.ledger
             self._programs[variant] = emit(done.graph, self.ctx, str(variant))
         return self._programs[variant]
 
-    def _place(self, variant: Variant, layouts: dict[LayoutKey, tuple[int, ...]]) -> Compiled:
+    def _place(self, variant: Variant, layouts: dict[LayoutKey, tuple[int, ...]], *last: Pass) -> Compiled:
         graph = self.shared.graph
         passes: list[Pass] = [SelectOutputs(variant.outputs)]
         if not variant.padded:
             passes.append(AssumeUnpadded())
-        passes += [Specialise(1 if variant.decode else None), Assign(layouts)]
-        return run_pipeline(graph, passes, self.ctx, properties=self.shared.properties, title=str(variant))
+        passes += [Specialise(1 if variant.decode else None), Assign(layouts), *last]
+        title = f"{variant}-{variant.outputs[-1]}"
+        return run_pipeline(graph, passes, self.ctx, properties=self.shared.properties, title=title)

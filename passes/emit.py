@@ -7,18 +7,16 @@ nodes for a backend that compiles (``torch.compile``) become functions of their 
 
 from __future__ import annotations
 
-import keyword
 import linecache
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.ir import Call, Graph, Node, Value
-from deltaloom.graph.op import Op
+from deltaloom.graph.naming import free_name
 from deltaloom.graph.types import TensorType
-from deltaloom.passes.kernel import find_kernel
+from deltaloom.passes.emit_names import Names, identifier
 from deltaloom.passes.pipeline import Context
 from deltaloom.passes.segment import TRANSFER, runs
 
@@ -58,14 +56,13 @@ class Program:
     graph: Graph
     source: str
     run: Callable[..., tuple[Any, ...]]
-    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     signatures: Mapping[str, Signature]
 
 
 def emit(graph: Graph, ctx: Context, title: str) -> Program:
     """Source and function of a placed, segmented program. Raises ``CompileError`` for a node without placement."""
-    names = _Names()
+    names = Names()
     signatures = {name: signature(region, ctx) for name, region in graph.regions.items()}
     signatures[""] = signature(graph, ctx)
     bodies: list[str] = []
@@ -73,17 +70,17 @@ def emit(graph: Graph, ctx: Context, title: str) -> Program:
     for name, region in graph.regions.items():
         bodies += _function(region, signatures[name], signatures, names, finished, ctx, top=False)
     bodies += _function(graph, signatures[""], signatures, names, finished, ctx, top=True)
-    header = _header(f"{graph.name}, {title}", names, ctx)
+    header = names.header(f"{graph.name}, {title}", ctx)
     source = "\n".join([*header, *bodies])
     space = _execute(bodies, names, f"<deltaloom {graph.name} {title}>", source, skip=len(header))
     for function, backend in finished:
         space[function] = ctx.backend(backend).finish(space[function], function)
     run = space[names.function(graph.name)]
     outputs = tuple(name for name, _ in graph.outputs)
-    return Program(graph, source, run, tuple(v.name for v in graph.inputs), outputs, signatures)
+    return Program(graph, source, run, outputs, signatures)
 
 
-def _execute(bodies: Sequence[str], names: _Names, file: str, source: str, *, skip: int) -> dict[str, Any]:
+def _execute(bodies: Sequence[str], names: Names, file: str, source: str, *, skip: int) -> dict[str, Any]:
     """Define the functions over the very objects that the header would look up; tracebacks and debuggers show ``source``."""
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     space: dict[str, Any] = dict(names.values)
@@ -111,59 +108,6 @@ def signature(graph: Graph, ctx: Context) -> Signature:
     return Signature(tuple(weights), fixed, tuple(slot for slot in slots if slot.append_axis is not None))
 
 
-@dataclass
-class _Names:
-    """Python names of values, ops and kernels, and the objects behind the global ones."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    ops: dict[Op, str] = field(default_factory=dict)
-    kernels: dict[tuple[str, str, str], str] = field(default_factory=dict)
-
-    def function(self, name: str) -> str:
-        return identifier(name)
-
-    def op(self, op: Op) -> str:
-        if op not in self.ops:
-            self.ops[op] = f"{op.name}_{sum(other.name == op.name for other in self.ops)}"
-            self.values[self.ops[op]] = op
-        return self.ops[op]
-
-    def kernel(self, node: Node, ctx: Context) -> str:
-        assert node.placement is not None
-        key = (node.placement.backend, node.op.name, node.placement.kernel)
-        if key not in self.kernels:
-            backend, op, kernel = key
-            title = kernel.removeprefix(backend + ".")
-            name = identifier(f"{backend}_{title}" if title.startswith(op) else f"{backend}_{op}_{title}")
-            self.kernels[key] = name
-            self.values[name] = find_kernel(ctx.backend(backend), op, kernel)
-        return self.kernels[key]
-
-    def backend(self, name: str, ctx: Context) -> str:
-        self.values[name] = ctx.backend(name)
-        return name
-
-
-def identifier(name: str) -> str:
-    """A Python name that reads like ``name``."""
-    text = re.sub(r"\W", "_", name)
-    return f"{text}_" if keyword.iskeyword(text) or not text or text[0].isdigit() else text
-
-
-def _header(program: str, names: _Names, ctx: Context) -> list[str]:
-    lines = [f'"""Program {program}, emitted by deltaloom. It runs as it stands."""', ""]
-    lines += ["import deltaloom.ops", "from deltaloom.backends import backend", "from deltaloom.graph.registry import ops"]
-    lines += ["from deltaloom.passes.kernel import find_kernel", ""]
-    used = sorted({key[0] for key in names.kernels} | {b.name for b in ctx.backends if b.name in names.values})
-    lines += [f"{name} = backend({name!r}, device={ctx.backend(name).device!r})" for name in used]
-    for (owner, title, kernel), name in names.kernels.items():
-        lines.append(f"{name} = find_kernel({owner}, {title!r}, {kernel!r})")
-    for op, name in names.ops.items():
-        values = ", ".join(f"{key}={value!r}" for key, value in op.attributes().items())
-        lines.append(f"{name} = ops.get({op.name!r})({values})")
-    return [*lines, ""]
-
-
 class _Body:
     """The lines of one function and the Python names of the values in it."""
 
@@ -186,12 +130,9 @@ class _Body:
         return self._weights[slot]
 
     def _unique(self, base: str) -> str:
-        candidate, count = base, 1
-        while candidate in self._taken:
-            count += 1
-            candidate = f"{base}_{count}"
-        self._taken.add(candidate)
-        return candidate
+        found = free_name(base, self._taken)
+        self._taken.add(found)
+        return found
 
     def add(self, line: str) -> None:
         self.lines.append(f"    {line}")
@@ -201,7 +142,7 @@ def _function(
     graph: Graph,
     signature: Signature,
     signatures: Mapping[str, Signature],
-    names: _Names,
+    names: Names,
     finished: list[tuple[str, str]],
     ctx: Context,
     *,
@@ -243,7 +184,7 @@ def _function(
 
 
 def _node(
-    body: _Body, node: Node, graph: Graph, signatures: Mapping[str, Signature], names: _Names, ctx: Context
+    body: _Body, node: Node, graph: Graph, signatures: Mapping[str, Signature], names: Names, ctx: Context
 ) -> None:
     """One line for one node."""
     if isinstance(node.op, Call):
@@ -261,7 +202,7 @@ def _node(
         body.add(f"{', '.join(targets)} = {_kernel_call(body, node, names, ctx)}")
 
 
-def _kernel_call(body: _Body, node: Node, names: _Names, ctx: Context) -> str:
+def _kernel_call(body: _Body, node: Node, names: Names, ctx: Context) -> str:
     if node.placement is None:
         raise CompileError(f"%{node.name} = {node.op} has no kernel; run the assign pass before emitting")
     layouts = dict(node.placement.layouts)
@@ -285,7 +226,7 @@ def _returned(node: Node, graph: Graph) -> list[Value]:
     return [value for index, value in enumerate(node.outputs) if index not in appended]
 
 
-def _segment(title: str, graph: Graph, nodes: Sequence[Node], outer: _Body, names: _Names, ctx: Context) -> list[str]:
+def _segment(title: str, graph: Graph, nodes: Sequence[Node], outer: _Body, names: Names, ctx: Context) -> list[str]:
     """A function for a run of nodes of one compiling backend, and its call in ``outer``."""
     inner = _Body()
     inputs: dict[str, str] = {}

@@ -74,6 +74,8 @@ def encode_chat(
     """
     template = tokenizer.chat_template if template is None else template
     check_messages(messages, tools)
+    if not isinstance(template_kwargs, Mapping):
+        raise RequestError(f"chat_template_kwargs is {template_kwargs!r}; it must be an object of names and values")
     protection = None
     if not reference_behaviour:
         messages = plain_messages(messages)

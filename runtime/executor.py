@@ -14,7 +14,7 @@ from deltaloom.passes.driver import Driver, Variant
 from deltaloom.passes.emit import Program, Signature
 from deltaloom.passes.kernel import Tensor
 from deltaloom.passes.pipeline import Context
-from deltaloom.runtime.state import ModelState
+from deltaloom.runtime.state import ModelState, StateLayout, state_layout
 from deltaloom.runtime.weights import WeightStore
 
 
@@ -30,6 +30,7 @@ class Executor:
         self._planned = planned
         self._backends = {backend.name: backend for backend in ctx.backends}
         self._weights: dict[Variant, dict[str, tuple[Tensor, ...]]] = {}
+        self._layout: StateLayout | None = None
 
     def load(self) -> None:
         """Evaluate every weight of the planned programs now instead of at the first call."""
@@ -54,6 +55,7 @@ class Executor:
         ``[batch, n]`` (None: all real) unless ``positions`` is given.
         """
         require(not state.broken, f"this state is unusable: {state.broken}; start from a new one or from a copy()", RequestError)
+        self._require_own(state)
         count = next(iter(inputs.values())).shape[1]
         valid = _extend(state, new_valid, count)
         program, weights = self._bound(Variant(count == 1, valid is not None, outputs))
@@ -64,12 +66,25 @@ class Executor:
         home = self.ctx.backends[0]
         arguments = [home.from_host(_as_typed(given[value.name], value)) for value in program.graph.inputs]
         append = state.append(count)
-        state.broken = "a call on it failed or was interrupted half-way"
+        state.broken = "a call on it failed, was interrupted half-way or is still under way"
         results = program.run(*arguments, weights, state.fixed, append)
         state.length += count
         state.valid = valid
         state.broken = ""
         return {name: home.to_host(tensor) for name, tensor in zip(program.outputs, results, strict=True)}
+
+    def _require_own(self, state: ModelState) -> None:
+        """Refuse a state whose tensors these programs cannot use: of another model, head, backend or dtype."""
+        if self._layout is None:
+            self._layout = state_layout(_by_prefix(self.driver.program(Variant(True, False, self._planned))))
+        if state.layout is self._layout:
+            return
+        require(
+            state.layout == self._layout,
+            f"this state belongs to another model, head, backend or dtype than {self.name} here; take one from its new_state()",
+            RequestError,
+        )
+        state.layout = self._layout
 
     def _bound(self, variant: Variant) -> tuple[Program, dict[str, tuple[Tensor, ...]]]:
         program = self.driver.program(variant)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, overload
 
-from deltaloom.graph.errors import ConfigError, RequestError, require
+from deltaloom.graph.errors import CheckpointError, ConfigError, RequestError, require
 from deltaloom.models.bundled import model_folder
 from deltaloom.models.config import ModelConfig, read_config
 from deltaloom.passes.config import CompileConfig
@@ -193,6 +193,11 @@ class LLM:
 
     def resolve(self, params: SamplingParams | None, prompt_length: int) -> ResolvedParams:
         """``params`` with every gap filled by the model's defaults, and ``max_tokens`` cut to what fits the context."""
+        require(
+            params is None or isinstance(params, SamplingParams),
+            f"params is of type {type(params).__name__}, expected SamplingParams or None",
+            RequestError,
+        )
         resolved = (params or SamplingParams()).resolve(self.defaults)
         room = self.max_model_len - prompt_length
         most = room if resolved.max_tokens is None else min(resolved.max_tokens, room)
@@ -222,7 +227,13 @@ class LLM:
     def _run(
         self, prompts: Sequence[EncodedPrompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[GenerationResult]:
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        each: list[SamplingParams | None]
+        if params is None or isinstance(params, SamplingParams):
+            each = [params] * len(prompts)
+        else:
+            wanted = "expected SamplingParams, a list with one for each prompt, or None"
+            require(isinstance(params, list | tuple), f"params is of type {type(params).__name__}, {wanted}", RequestError)
+            each = list(params)
         require(
             len(each) == len(prompts),
             f"there are {len(prompts)} prompts but {len(each)} sampling parameters; give one for all or one for each",
@@ -250,6 +261,12 @@ def generation_defaults(
     """
     require(mode in ("auto", "none"), f"generation_config is {mode!r}, expected 'auto' or 'none'", ConfigError)
     own = GenerationDefaults.from_folder(folder)  # type: ignore[arg-type]
+    outside = [token for token in own.eos_ids if token >= shape.vocab_size]
+    require(
+        not outside,
+        f"{folder}/generation_config.json: eos_token_id {outside[:1]} is outside the vocabulary of {shape.vocab_size} rows",
+        CheckpointError,
+    )
     named = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     eos = own.eos_ids or shape.eos_token_ids or named
     return replace(own if mode == "auto" else GenerationDefaults(), eos_ids=eos)

@@ -63,7 +63,7 @@ def load(
     main = Executor(graphs.main, ctx, store, planned=("last_logits",))
     main.load()
     mtp = Executor(graphs.mtp, ctx, store, planned=("logits", "hidden")) if graphs.mtp else None
-    return Model(shape, ctx, main, MtpHead(mtp) if mtp else None, folder=folder, max_model_len=limit)
+    return Model(shape, ctx, main, MtpHead(mtp, shape) if mtp else None, folder=folder, max_model_len=limit)
 
 
 def build_graph(model: ModelReference, *, dtype: str = "float32", hf_overrides: Mapping[str, object] | None = None) -> ModelGraphs:
@@ -84,7 +84,7 @@ def context(config: CompileConfig, shape: ModelConfig) -> Context:
     backends = _backends(config)
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "float32" if config.device == "cpu" else shape.dtype
+        dtype = "float32" if all(one.device == "cpu" for one in backends) else shape.dtype
     for one in backends:
         one.compute_dtype(dtype)
     return Context(replace(config, dtype=dtype), backends)

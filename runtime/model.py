@@ -14,9 +14,10 @@ from deltaloom.graph.op import Array
 from deltaloom.models.config import ModelConfig
 from deltaloom.passes.pipeline import Context
 from deltaloom.runtime.executor import Executor, describe
-from deltaloom.runtime.state import ModelState
+from deltaloom.runtime.state import ModelState, require_state
 
 Logits = Literal["all", "last"] | None
+LARGEST_POSITION = 2**53
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | Array
 
 
@@ -61,9 +62,9 @@ class Model:
         """Run ``n >= 1`` tokens a row and continue ``state`` (a new one if None).
 
         ``token_ids`` ``[batch, n]`` (or one row ``[n]``); ``attention_mask`` 0/1 ``[batch, n]`` or ``[batch, all so far]``, 0 for
-        padding on the left. ``final_norm`` is given with hidden states unless ``output_final_norm`` says otherwise. Long inputs run
-        in chunks of ``prefill_chunk`` tokens. Raises ``RequestError`` for ids outside the vocabulary, a wrong shape, or too many
-        tokens.
+        padding on the left; after a row's first token padding is refused, as it would spoil the state. ``final_norm`` is given with
+        hidden states unless ``output_final_norm`` says otherwise. Long inputs run in chunks of ``prefill_chunk`` tokens. Raises
+        ``RequestError`` for ids outside the vocabulary, a wrong shape or mask, a state of another model, or too many tokens.
         """
         ids = self._ids(token_ids, state)
         state = state or self.new_state(ids.shape[0])
@@ -98,33 +99,22 @@ class Model:
         )
 
     def _ids(self, token_ids: TokenIds, state: ModelState | None) -> Array:
-        try:
-            ids = np.asarray(token_ids)
-        except ValueError as error:
-            message = "token_ids has rows of different lengths; pad them on the left and give an attention_mask"
-            raise RequestError(message) from error
-        ids = ids[None] if ids.ndim == 1 else ids
-        good = ids.ndim == 2 and ids.size > 0 and ids.dtype.kind in "iu"
-        require(good, f"token_ids is {describe(ids)} of {ids.dtype}, expected whole numbers [batch, n >= 1]", RequestError)
-        low, high = int(ids.min()), int(ids.max())
-        vocab = self.config.vocab_size
-        require(
-            0 <= low and high < vocab,
-            f"token id {low if low < 0 else high} is outside the vocabulary 0..{vocab - 1}",
-            RequestError,
-        )
+        ids = _as_array("token_ids", token_ids)
+        ids = _whole_numbers("token_ids", ids[None] if ids.ndim == 1 else ids, self.config.vocab_size)
         if state is not None:
+            require_state(state)
             require(
                 state.batch == ids.shape[0], f"token_ids has {ids.shape[0]} rows, the state {state.batch}", RequestError
             )
-        return ids.astype(np.int64, copy=False)
+        return ids
 
 
 class MtpHead:
     """The multi-token-prediction head (specification section 9): one application predicts the token after next."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, config: ModelConfig) -> None:
         self.executor = executor
+        self.config = config
 
     def new_state(self, batch: int = 1) -> ModelState:
         """An empty state; ``state.truncate(n)`` takes back drafts."""
@@ -141,19 +131,58 @@ class MtpHead:
         outputs: tuple[str, ...] = ("logits", "hidden"),
     ) -> dict[str, Array]:
         """Rows ``i``: the hidden state after the final norm ``[batch, n, hidden]`` at ``positions`` ``[batch, n]``, with the id of
-        the token that follows. Gives ``logits`` float32 ``[batch, n, vocab]`` and ``hidden`` (after ``mtp.norm``) by name."""
-        ids, places = np.asarray(next_ids, np.int64), np.asarray(positions, np.int64)
-        features = np.asarray(hidden)
+        the token that follows. Gives ``logits`` float32 ``[batch, n, vocab]`` and ``hidden`` (after ``mtp.norm``) by name. Raises
+        ``RequestError`` for ids outside the vocabulary, another shape or kind, or the state of another model."""
+        require_state(state)
+        ids = _whole_numbers("next_ids", _as_array("next_ids", next_ids), self.config.vocab_size)
+        places = _whole_numbers("positions", _as_array("positions", positions), LARGEST_POSITION)
+        features, width = _as_array("hidden", hidden), self.config.hidden_size
         require(
-            ids.ndim == 2 and ids.shape == places.shape == features.shape[:2] and ids.shape[0] == state.batch,
+            ids.shape == places.shape and features.shape == (*ids.shape, width) and ids.shape[0] == state.batch,
             f"next_ids is {describe(ids)}, positions {describe(places)}, hidden {describe(features)}; expected [batch, n], "
-            f"[batch, n], [batch, n, hidden] with batch {state.batch}",
+            f"[batch, n], [batch, n, {width}] with batch {state.batch}",
             RequestError,
         )
+        floating = features.dtype.kind == "f" or features.dtype.name == "bfloat16"
+        require(floating, f"hidden holds {features.dtype}, expected floating-point numbers", RequestError)
         valid = _new_valid(attention_mask, state, ids.shape)
         inputs = {"next_ids": ids, "hidden": features, "positions": places}
         results = self.executor.run(inputs, state, valid, outputs)
         return {name: a.astype(np.float32, copy=False) if "logits" in name else a for name, a in results.items()}
+
+
+def _as_array(name: str, value: Any) -> Array:
+    """``value`` (a list, array or host tensor) as an array; rows of different lengths are refused."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError) as error:
+        message = f"{name} cannot be read as an array ({error}); rows of different lengths are padded on the left under a mask"
+        raise RequestError(message) from None
+
+
+def _whole_numbers(name: str, array: Array, limit: int) -> Array:
+    """``array`` as int64, checked to be ``[batch, n >= 1]`` of whole numbers from 0 to ``limit - 1``."""
+    good = array.ndim == 2 and array.size > 0 and array.dtype.kind in "iu"
+    require(good, f"{name} is {describe(array)} of {array.dtype}, expected whole numbers [batch, n >= 1]", RequestError)
+    low, high = int(array.min()), int(array.max())
+    worst = low if low < 0 else high
+    message = f"position {worst} is not one: they count from 0"
+    if name != "positions":
+        message = f"token id {worst} is outside the vocabulary 0..{limit - 1}"
+    require(0 <= low and high < limit, message, RequestError)
+    return array.astype(np.int64, copy=False)
+
+
+def _require_left_padding(seen: Array, new: Array) -> None:
+    """Padding after a row's first token would enter its recurrent state (specification, section 5.8), so it is refused."""
+    begun = np.logical_or.accumulate(np.concatenate([seen, new], axis=1), axis=1)[:, seen.shape[1] :]
+    rows = np.flatnonzero((begun & ~new).any(axis=1))
+    require(
+        not rows.size,
+        f"attention_mask has padding after the first token of row {int(rows[0]) if rows.size else 0}; pad on the left: padding "
+        "between or after tokens leaves a wrong state",
+        RequestError,
+    )
 
 
 def _join(parts: list[Array]) -> Array:
@@ -171,17 +200,21 @@ def _new_valid(mask: Any, state: ModelState, shape: tuple[int, ...]) -> Array | 
     """The last columns of a padding mask as bool ``[batch, n]``, or None without one."""
     if mask is None:
         return None
-    found = np.asarray(mask)
+    found = _as_array("attention_mask", mask)
     batch, count = shape
+    found = found[None] if found.ndim == 1 and batch == 1 else found
     full = (batch, state.length + count)
     require(
         found.shape in (full, (batch, count)),
         f"attention_mask has shape {list(found.shape)}, expected {[batch, count]} or {list(full)}",
         RequestError,
     )
+    good = found.dtype.kind in "biuf" and bool(((found == 0) | (found == 1)).all())
+    require(good, f"attention_mask of {found.dtype} holds something else than 0 (padding) and 1 (tokens)", RequestError)
     found = found.astype(bool)
+    seen = np.ones((batch, state.length), bool) if state.valid is None else state.valid
+    _require_left_padding(seen, found[:, -count:])
     if found.shape == full and state.length:
-        seen = np.ones((batch, state.length), bool) if state.valid is None else state.valid
         require(
             bool((found[:, : state.length] == seen).all()),
             "attention_mask changes the padding of tokens that the state has already seen; give the same mask as before",

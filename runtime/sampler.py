@@ -115,7 +115,7 @@ def _choose(scores: NDArray[np.float64], histories: Sequence[SequenceHistory]) -
         scaled = sampling.scale_by_temperature(scores[rows], np.array([entry.temperature for entry in params]))
         filtered = sampling.filter_top_k_top_p_min_p(
             scaled,
-            np.array([entry.top_k for entry in params], np.int64),
+            np.array([min(entry.top_k, scores.shape[1]) for entry in params], np.int64),
             np.array([entry.top_p for entry in params]),
             np.array([entry.min_p for entry in params]),
         )

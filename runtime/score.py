@@ -16,7 +16,14 @@ def score(model: Model, tokenizer: Tokenizer, prompt: Prompt, continuation: Prom
     vocab_size, limit = model.config.vocab_size, model.max_model_len
     check_ids(before, "the prompt", vocab_size=vocab_size, max_model_len=limit)
     require(bool(after), "the continuation is empty; give at least one token to score", RequestError)
-    check_ids([*before, *after], "the prompt with its continuation", vocab_size=vocab_size, max_model_len=limit + 1)
+    total = len(before) + len(after)
+    check_ids([*before, *after], "the prompt with its continuation", vocab_size=vocab_size, max_model_len=total + 1)
+    require(
+        total <= limit,
+        f"the prompt with its continuation has {total} tokens, but the model's maximum context length is {limit}; shorten them "
+        "or raise max_model_len",
+        RequestError,
+    )
     state = model.new_state(1)
     if len(before) > 1:
         model.forward([before[:-1]], state=state, logits=None)

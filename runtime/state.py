@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -15,6 +16,24 @@ from deltaloom.passes.kernel import Appended, Backend, Tensor
 
 FIRST_CAPACITY = 64
 """Entries that an append buffer has room for at first; it doubles when full."""
+
+
+StateLayout = dict[str, tuple[tuple[StateSlot, ...], tuple[StateSlot, ...]]]
+"""Fixed and append slots by prefix: what a state must have for a model to use it."""
+
+
+def state_layout(signatures: Mapping[str, Signature]) -> StateLayout:
+    """The layout of states for programs with these signatures."""
+    return {prefix: (signature.fixed, signature.append) for prefix, signature in signatures.items()}
+
+
+def require_state(state: object) -> None:
+    """Raise ``RequestError`` for anything but a state."""
+    require(
+        isinstance(state, ModelState),
+        f"state is of type {type(state).__name__}, expected what new_state() gives",
+        RequestError,
+    )
 
 
 @dataclass
@@ -33,7 +52,9 @@ class ModelState:
     """
 
     def __init__(self, batch: int, signatures: Mapping[str, Signature], backends: Mapping[str, Backend]) -> None:
-        require(batch >= 1, f"a state needs at least one sequence, got batch={batch}", RequestError)
+        whole = isinstance(batch, Integral) and not isinstance(batch, bool)
+        require(whole and batch >= 1, f"a state needs a whole number of sequences, at least 1; got batch={batch!r}", RequestError)
+        batch = int(batch)
         self.batch = batch
         self.length = 0
         self.valid: Array | None = None
@@ -47,6 +68,7 @@ class ModelState:
             )
             self.buffers[prefix] = [self._buffer(slot, 0) for slot in signature.append]
         self._slots = {prefix: signature.fixed for prefix, signature in signatures.items()}
+        self.layout: StateLayout = state_layout(signatures)
 
     def append(self, new: int) -> dict[str, tuple[Appended, ...]]:
         """The append states with room for ``new`` more entries."""
@@ -74,8 +96,8 @@ class ModelState:
 
     def select(self, rows: Sequence[int]) -> ModelState:
         """A new state with these rows of the batch, in this order; a row may be taken more than once."""
-        bad = [row for row in rows if not 0 <= row < self.batch]
-        require(bool(rows) and not bad, f"rows {list(rows)} do not fit a state of {self.batch} sequences", RequestError)
+        bad = [row for row in rows if not isinstance(row, Integral) or not 0 <= row < self.batch]
+        require(len(rows) > 0 and not bad, f"rows {list(rows)} do not fit a state of {self.batch} sequences", RequestError)
         other = object.__new__(ModelState)
         other.__dict__.update(self.__dict__)
         other.batch = len(rows)

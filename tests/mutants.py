@@ -33,7 +33,7 @@ from mutations import ROOT, Mutant, Source, pick
 Stage = tuple[str, ...]
 MEMORY = 16 << 30
 WANTED = 0.95
-LIMIT = 1.5
+LIMIT = 3.0
 """How many times as long as all tests of the backend without a mutant one stage may take."""
 
 NO_SHRINKING = """

@@ -24,7 +24,7 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
 }  # fmt: skip
 TRANSPOSITIONS = {"transpose", "swapaxes", "permute", "t", "T", "mT"}
-COMMUTATIVE = {"maximum", "minimum", "max", "min", "add", "multiply", "vecdot", "cast"}
+COMMUTATIVE = {"maximum", "minimum", "max", "min", "add", "multiply", "vecdot", "addcmul_", "cast"}
 """Functions whose arguments are not swapped: nothing would change (or, for ``cast``, nothing that is computed)."""
 
 

@@ -36,8 +36,8 @@ class NumpyBackend:
     compiles = False
 
     def __init__(self, *, device: str | None = None, threads: int | None = None) -> None:
-        if device not in (None, "auto", "cpu"):
-            raise CompileError(f"the numpy backend runs on the device 'cpu', not '{device}'; use --backend torch for it")
+        if device not in (None, "cpu"):
+            raise CompileError(f"the numpy backend runs on the device 'cpu', not on '{device}'; give cpu, or --backend torch for a GPU")
         self.threads = use_threads(threads).n
 
     def kernels(self) -> Sequence[Kernel]:

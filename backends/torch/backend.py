@@ -36,7 +36,7 @@ class TorchBackend:
 
     def __init__(self, device: str | None = None, threads: int | None = None) -> None:
         """Raises ``CompileError`` for a device that this torch does not have, ``ConfigError`` for a number of threads below 1."""
-        self.device = device or "cpu"
+        self.device = "cpu" if device is None else device
         self._device = _device(self.device)
         if threads is not None:
             if threads < 1:
@@ -85,7 +85,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise CompileError(f"'{name}' is not a device of torch; give 'cpu', 'cuda' or 'cuda:<number>'") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or device.type == "cpu" and device.index:
         raise CompileError(f"backend torch runs on 'cpu' or 'cuda', not on '{name}'")
     if device.type == "cuda":
         count = torch.cuda.device_count()

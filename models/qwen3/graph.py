@@ -15,6 +15,7 @@ from deltaloom.models.layers import (
     linear,
     plain_norm,
     rotary_inputs,
+    routed_experts,
     swiglu_mlp,
     valid_input,
 )
@@ -27,7 +28,8 @@ def model(config: ModelConfig, dtype: DType, names: Collection[str] | None) -> G
 
 
 def layer(config: ModelConfig, form: LayerForm, dtype: DType, name: str) -> Graph:
-    """One layer's body: ``x = x + attention(norm(x)); out = x + mlp(norm(x))``, both [b, s, H]."""
+    """One layer's body: ``x = x + attention(norm(x)); out = x + feed_forward(norm(x))``, both [b, s, H]. What is fed
+    forward to is a SwiGLU, or, in Qwen3-MoE, whose body this is too, experts without a shared one."""
     g = GraphBuilder(name, dtype=dtype)
     x = layer_input(g, config)
     cos, sin = rotary_inputs(g, config)
@@ -38,7 +40,7 @@ def layer(config: ModelConfig, form: LayerForm, dtype: DType, name: str) -> Grap
     x = g.add(x, mixed, name="mixed")
     h = plain_norm(g, config, x, "post_attention_layernorm")
     with inside(g, form.stored, "mlp") as stored:
-        y = swiglu_mlp(g, stored, h, config.intermediate_size)
+        y = routed_experts(g, config, stored, h) if form.moe else swiglu_mlp(g, stored, h, config.intermediate_size)
     g.output("out", g.add(x, y, name="out"))
     return g.build()
 

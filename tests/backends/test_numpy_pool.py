@@ -54,3 +54,30 @@ def test_after_an_interrupt_workers_finish_what_they_hold_and_go(monkeypatch):
     release.set()
     worker.wait()
     assert len(done) == 1
+
+
+def test_an_interrupt_while_workers_are_started_leaves_no_work_to_those_that_run(monkeypatch):
+    pool, start = Pool(3), threads._Worker.start
+    started: list[threads._Worker] = []
+    done: list[int] = []
+    began, release = threading.Event(), threading.Event()
+
+    def run(item):
+        began.set()
+        release.wait(20)
+        done.append(item)
+
+    def second_is_interrupted(self, task):
+        if started:
+            began.wait(20)
+            raise KeyboardInterrupt
+        started.append(self)
+        start(self, task)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threads._Worker, "start", second_is_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.map(run, range(50))
+    release.set()
+    started[0].wait()
+    assert len(done) == 1

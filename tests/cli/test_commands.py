@@ -244,3 +244,32 @@ def test_layers_are_folded() -> None:
 
 def test_columns_are_aligned() -> None:
     assert columns([("a", "bb"), ("ccc", "d")], indent=" ") == " a    bb\n ccc  d"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams with the shell")
+@pytest.mark.parametrize(
+    "line, code, message",
+    [
+        ("generate - <&-", 2, "the prompt is empty"),
+        ("chat --max-tokens 1 <&-", 0, ""),
+        ("ops add >&-", 0, ""),
+        ("ops add >/dev/full", 2, "standard output cannot be written: No space left on device"),
+    ],
+)
+def test_closed_and_full_streams_are_no_traceback(line: str, code: int, message: str) -> None:
+    command = f"{sys.executable} -m deltaloom {line}"
+    result = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=120
+    )
+    assert result.returncode == code and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_torch_that_cannot_be_imported_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    settings = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"}
+    result = subprocess.run(
+        [*COMMAND, "generate", "a", "--max-tokens", "1", "--backend", "torch"],
+        capture_output=True, text=True, check=False, env=settings, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2 and "broken on purpose" in result.stderr and result.stderr.count("\n") == 1

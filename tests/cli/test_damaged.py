@@ -192,3 +192,33 @@ def test_a_process_that_is_given_a_damaged_model_exits_with_2(folder: Path) -> N
     result = subprocess.run(command, input="a", capture_output=True, text=True, check=False, env=settings, timeout=60)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1 and WEIGHTS in result.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_experts": 2**40}, "num_experts is 1099511627776"),
+        ({"num_experts": 2**20}, "experts in all"),
+        ({"head_dim": 2**40}, "head_dim is 1099511627776; expected at most"),
+        ({"rms_norm_eps": 1e300}, "rms_norm_eps"),
+    ],
+)
+def test_sizes_beyond_reason_are_refused_before_anything_is_allocated(
+    change: dict[str, Any], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_json(folder / "config.json", lambda values: values.update(change))
+    assert app.run(["generate", "a", "--model", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_end_token_outside_the_vocabulary_and_an_overlong_shard_name_are_sentences(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_json(folder / "generation_config.json", lambda values: values.update(eos_token_id=99999))
+    assert app.run(["generate", "a", "--model", str(folder)]) == 2
+    assert "eos_token_id [99999] is outside the vocabulary" in capsys.readouterr().err
+    shard(folder)
+    (folder / "generation_config.json").unlink()
+    change_json(folder / INDEX, lambda index: index["weight_map"].update({NORM: "a" * 5000}))
+    assert app.run(["generate", "a", "--model", str(folder)]) == 2
+    assert "are missing" in capsys.readouterr().err

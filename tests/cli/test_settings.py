@@ -129,3 +129,25 @@ def test_unreadable_run_files_and_flags_are_sentences(tmp_path: Path) -> None:
         Settings({"backend": "numpy,numpy"}, None).compile_config()
     with pytest.raises(RequestError, match="top_p is 2.0"):
         Settings({"top_p": 2.0}, None).sampling_params()
+
+
+def test_values_nested_too_deep_are_sentences(tmp_path: Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text("a = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deep"):
+        read_run_file(path)
+    with pytest.raises(ConfigError, match="--hf-overrides is nested too deep"):
+        Settings({"hf_overrides": "[" * 100_000}, None)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"max_model_len": 0}, "max_model_len is 0, expected at least 1"),
+        ({"generation_config": "x"}, "generation_config is 'x', expected 'auto' or 'none'"),
+        ({"backend": "nosuch"}, "there is no backend 'nosuch'"),
+    ],
+)
+def test_settings_that_loading_would_refuse_are_not_printed(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Settings(flags, None).describe()

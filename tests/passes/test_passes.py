@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from toy import Toy, by_reference, toy_context
 
+from deltaloom.backends import backend
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.dims import symbol
 from deltaloom.graph.errors import CompileError, ConfigError
@@ -248,17 +248,23 @@ def test_an_order_whose_requirement_is_not_met_is_refused_before_anything_runs()
         run_pipeline(mlp(), (LiftWeights(), Canonicalise()), Context())
 
 
-def test_a_failing_pass_leaves_a_repro_folder_that_runs(tmp_path: Path) -> None:
+def test_a_failing_pass_leaves_its_input_in_a_repro_folder(tmp_path: Path) -> None:
     ctx = Context(CompileConfig(dump=str(tmp_path)))
     with pytest.raises(CompileError, match="never works"):
         run_pipeline(mlp(), (Canonicalise(), Breaks()), ctx)
     assert (tmp_path / "mlp-shared-01-canonicalise.txt").read_text().startswith("graph mlp")
-    folder = tmp_path / "repro" / "breaks"
-    assert json.loads((folder / "pass.json").read_text())["pass"].endswith(":Breaks")
-    spec = {"pass": "deltaloom.passes.canonicalise:Canonicalise", "options": {}}
-    (folder / "pass.json").write_text(json.dumps(spec))
-    done = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "swiglu" in done.stdout, done.stderr
+    assert (tmp_path / "repro" / "breaks" / "graph.txt").read_text().startswith("graph mlp")
+
+
+def test_the_script_in_a_repro_folder_fails_as_the_pass_did(tmp_path: Path) -> None:
+    graph = LiftWeights().run(mlp(), Context())
+    impossible = {("mlp", value.name, "numpy"): (7, 7) for value in graph.params}
+    ctx = Context(CompileConfig(dump=str(tmp_path)), (backend("numpy"),))
+    with pytest.raises(CompileError, match="but prepack decided .7, 7.") as caught:
+        run_pipeline(graph, (Assign(impossible),), ctx, properties=frozenset({"lifted"}))
+    script = tmp_path / "repro" / "assign" / "run.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and str(caught.value) in done.stderr, done.stderr
 
 
 def test_the_driver_gives_one_ledger_row_a_pass() -> None:
@@ -278,6 +284,7 @@ def test_the_driver_gives_one_ledger_row_a_pass() -> None:
         ({"prefill_chunk": "8"}, "expected a whole number"),
         ({"threads": True}, "expected a whole number"),
         ({"kernels": {"linear": 3}}, "kernels.linear is 3"),
+        ({"kernels": {"linear": "torch"}}, "kernels.linear names torch, which backends .numpy. does not"),
     ],
 )
 def test_bad_compile_configurations_are_refused_with_a_sentence(table: dict[str, Any], message: str) -> None:

@@ -298,3 +298,14 @@ def test_public_names_lead_here() -> None:
         LLM("tiny-next", max_batch=0)
     with pytest.raises(ConfigError, match="max_model_len is 0, expected at least 1"):
         LLM("tiny-next", max_model_len=0)
+
+
+def test_what_are_no_sampling_parameters_is_a_sentence() -> None:
+    llm = LLM("tiny-next")
+    for params in ({"max_tokens": 1}, 5, "x", [5]):
+        with pytest.raises(RequestError, match="expected SamplingParams"):
+            llm.generate(["a"], params)  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="chat_template_kwargs is 5"):
+        llm.chat([{"role": "user", "content": "a"}], chat_template_kwargs=5)  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="has 2049 tokens, but the model's maximum context length is 2048;"):
+        llm.score([1] * 2047, [1, 1])

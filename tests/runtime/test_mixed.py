@@ -38,6 +38,13 @@ def test_a_mixed_program_equals_numpy_through_prefill_chunk_and_decode(mix: str)
     assert "numpy.from_host(torch.to_host(" in source and "torch.from_host(numpy.to_host(" in source
 
 
+def test_an_order_of_backends_is_one_text_or_a_list_and_overrides_are_checked() -> None:
+    one, other = deltaloom.load("tiny-next", backend="torch, numpy"), deltaloom.load("tiny-next", backend=["torch", "numpy"])
+    assert one.ctx.config.backends == other.ctx.config.backends == ("torch", "numpy")
+    with pytest.raises(deltaloom.DeltaloomError, match="there is no op 'atention'"):
+        deltaloom.load("tiny-next", config=CompileConfig(kernels={"atention": ("numpy",)}))
+
+
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_the_emitted_source_runs_as_it_stands(backend: str) -> None:
     model = deltaloom.load("tiny-next", backend=backend)

@@ -150,3 +150,80 @@ def test_max_model_len_raises_the_limit() -> None:
     with pytest.raises(RequestError, match="maximum context length of 8"):
         small.forward(tokens(9))
     assert deltaloom.load("tiny-next", max_model_len=4096).forward(tokens(2100), logits="last").logits.shape == (1, 1, 4096)
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 0]], [[1, 0, 1]]])
+def test_padding_after_a_token_is_refused_and_leaves_the_state_alone(model: Model, mask: list[list[int]]) -> None:
+    state = model.new_state()
+    with pytest.raises(RequestError, match="padding after the first token of row 0; pad on the left"):
+        model.forward([[5, 6, 7]], state=state, attention_mask=np.array(mask))
+    model.forward([[5, 6]], state=state)
+    with pytest.raises(RequestError, match="padding after the first token"):
+        model.forward([[7, 8]], state=state, attention_mask=np.array([[0, 1]]))
+    assert state.length == 2
+
+
+def test_a_row_that_is_padding_so_far_begins_later(model: Model) -> None:
+    state = model.new_state(2)
+    model.forward([[5, 6, 7], [5, 6, 7]], state=state, attention_mask=np.array([[0, 0, 0], [1, 1, 1]]))
+    late = model.forward([[1, 2], [8, 9]], state=state).logits
+    np.testing.assert_allclose(late[:1], model.forward([[1, 2]]).logits, **CLOSE)
+    np.testing.assert_allclose(late[1:], model.forward([[5, 6, 7, 8, 9]]).logits[:, 3:], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        ([[0, 2, 1]], "something else than 0"),
+        ([[-np.inf, 0, 0]], "something else than 0"),
+        ([[np.nan, 1, 1]], "something else than 0"),
+        ([["0", "1", "1"]], "something else than 0"),
+        ([[0], [1, 1]], "cannot be read as an array"),
+        (object(), "has shape"),
+    ],
+)
+def test_what_is_no_mask_is_refused(model: Model, mask: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        model.forward([[5, 6, 7]], attention_mask=mask)
+
+
+def test_a_state_of_something_else_is_refused(model: Model) -> None:
+    assert model.mtp is not None
+    other = "torch" if model.ctx.backends[0].name == "numpy" else "numpy"
+    strange = [
+        model.mtp.new_state(),
+        deltaloom.load("tiny-next", backend=other, dtype="float32").new_state(),
+        deltaloom.load("tiny-next", backend="torch", dtype="bfloat16").new_state(),
+    ]
+    for state in strange:
+        with pytest.raises(RequestError, match="belongs to another model, head, backend or dtype"):
+            model.forward([[5]], state=state)
+    with pytest.raises(RequestError, match="state is of type dict"):
+        model.forward([[5]], state={})  # type: ignore[arg-type]
+    for batch in (0, 1.5, "a", True):
+        with pytest.raises(RequestError, match="a whole number of sequences"):
+            model.new_state(batch)  # type: ignore[arg-type]
+    assert model.new_state(2).select(np.array([1, 0])).batch == 2
+    with pytest.raises(RequestError, match="do not fit"):
+        model.new_state(2).select([0.5])  # type: ignore[list-item]
+
+
+def test_the_mtp_head_refuses_what_does_not_fit(model: Model) -> None:
+    assert model.mtp is not None
+    ids, places = np.array([[5, 6]]), np.array([[0, 1]])
+    hidden = np.zeros((1, 2, model.config.hidden_size), np.float32)
+    good: dict[str, Any] = {"next_ids": ids, "hidden": hidden, "positions": places}
+    for change, message in (
+        ({"next_ids": ids + 5000}, "outside the vocabulary"),
+        ({"next_ids": ids - 9}, "outside the vocabulary"),
+        ({"next_ids": ids + 0.5}, "expected whole numbers"),
+        ({"next_ids": None}, "expected whole numbers"),
+        ({"positions": places - 1}, "they count from 0"),
+        ({"hidden": hidden[..., :9]}, "expected"),
+        ({"hidden": hidden[..., None]}, "expected"),
+        ({"hidden": hidden.astype(np.int64)}, "hidden holds int64"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            model.mtp.forward(**{**good, **change}, state=model.mtp.new_state())
+    with pytest.raises(RequestError, match="belongs to another"):
+        model.mtp.forward(**good, state=model.new_state())

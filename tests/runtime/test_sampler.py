@@ -1,6 +1,7 @@
 """The sampler against slow definitions written out token by token, hand-worked cases, and frequencies."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -229,3 +230,15 @@ def test_a_row_does_not_depend_on_its_batch(seed: int) -> None:
     assert whole == [int(sample(logits[i : i + 1], [requests[i]]).ids[0]) for i in range(5)]
     order = [3, 1, 4, 0, 2]
     assert sample(logits[order], [requests[i] for i in order]).ids.tolist() == [whole[i] for i in order]
+
+
+@pytest.mark.parametrize("penalty", [1e308, 1e-308, 5e-324])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-300])
+def test_extreme_penalties_still_choose_a_token(penalty: float, temperature: float) -> None:
+    logits = np.array([[3.0, -2.0, 1.0, 0.5]], np.float32)
+    params = SamplingParams(repetition_penalty=penalty, temperature=temperature, seed=1, top_p=0.9, top_k=10**30, max_tokens=1)
+    made = SequenceHistory(params.resolve(GenerationDefaults()), [0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = int(sample(logits, [made]).ids[0])
+    assert chosen == 0 if penalty < 1 else chosen in (2, 3)
