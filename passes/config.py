@@ -8,7 +8,6 @@ from typing import Any
 
 from deltaloom.graph.errors import ConfigError, require
 
-
 MOST_THREADS = 4096
 
 

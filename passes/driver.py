@@ -59,5 +59,5 @@ class Driver:
         if not variant.padded:
             passes.append(AssumeUnpadded())
         passes += [Specialise(1 if variant.decode else None), Assign(layouts), *last]
-        title = f"{variant}-{variant.outputs[-1]}"
+        title = f"{variant}-{variant.outputs[-1] if variant.outputs else 'state'}"
         return run_pipeline(graph, passes, self.ctx, properties=self.shared.properties, title=title)

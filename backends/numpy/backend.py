@@ -37,7 +37,8 @@ class NumpyBackend:
 
     def __init__(self, *, device: str | None = None, threads: int | None = None) -> None:
         if device not in (None, "cpu"):
-            raise CompileError(f"the numpy backend runs on the device 'cpu', not on '{device}'; give cpu, or --backend torch for a GPU")
+            message = f"the numpy backend runs on the device 'cpu', not on '{device}'; give cpu, or --backend torch for a GPU"
+            raise CompileError(message)
         self.threads = use_threads(threads).n
 
     def kernels(self) -> Sequence[Kernel]:
