@@ -65,7 +65,7 @@ def test_without_torch_the_error_says_how_to_install_it(monkeypatch, name):
 
 
 def test_other_devices_are_refused():
-    with pytest.raises(CompileError, match="not 'cuda'"):
+    with pytest.raises(CompileError, match="not on 'cuda'"):
         backend("numpy", device="cuda")
     assert NumpyBackend(device="cpu").device == NumpyBackend(device=None).device == "cpu"
 
