@@ -37,7 +37,7 @@ STEP_WORK = 1 << 19
 """State elements from which one token is worth two threads."""
 
 WORK = 1 << 20
-"""State elements times tokens from which chunks are worth two threads (0.6 ms of one core)."""
+"""State elements times tokens from which chunks are worth two threads."""
 
 
 @table.kernel("delta_gates", when=(dtype_in("b", f32, f64), dtype_in("a_log", f32, f64)))
