@@ -85,8 +85,9 @@ def anonymous() -> int:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, float]]:
     seconds: dict[str, float] = defaultdict(float)
-    plain = deltaloom.runtime.load.make_backend
-    deltaloom.runtime.load.make_backend = lambda *args, **options: Timed(plain(*args, **options), seconds)  # type: ignore[attr-defined]
+    place = deltaloom.runtime.load
+    plain = vars(place)["make_backend"]
+    vars(place)["make_backend"] = lambda *args, **options: Timed(plain(*args, **options), seconds)
     config = CompileConfig(backends=(arguments.backend,), threads=arguments.threads)
     model = deltaloom.load(arguments.checkpoint, config=config, max_model_len=max(arguments.lengths))
     generator = np.random.default_rng(1)

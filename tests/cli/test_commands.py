@@ -134,7 +134,8 @@ def test_ops_lists_the_registry_and_shows_one_op() -> None:
 
 def test_doctor_checks_the_installation() -> None:
     output = shown("doctor")
-    assert re.search(r"deltaloom +0\.1\.0", output) and "  numpy     ok, on cpu" in output and "'The opposite of hot is cold.'" in output
+    assert re.search(r"deltaloom +0\.1\.0", output)
+    assert "  numpy     ok, on cpu" in output and "'The opposite of hot is cold.'" in output
 
 
 def test_help_and_version() -> None:
