@@ -11,6 +11,8 @@ import numpy as np
 from deltaloom.graph.errors import GraphError
 from deltaloom.graph.ir import Call, Graph, Node, Value
 from deltaloom.graph.op import Array
+from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.types import DTYPES, DType, QuantType, TensorType
 
 Observer = Callable[[str, Any], None]
 
@@ -50,6 +52,22 @@ def run_node(node: Node, arrays: list[Any]) -> tuple[Any, ...]:
         raise GraphError(f"op {op.name} has no reference, so %{node.name} cannot be interpreted")
     result = op.reference(*arrays)
     return result if isinstance(result, tuple) else (result,)
+
+
+def dtype_of(array: Array) -> DType:
+    """The graph's dtype of an array; ``GraphError`` where it has none."""
+    for dtype in DTYPES.values():
+        if dtype.numpy == array.dtype:
+            return dtype
+    raise GraphError(f"an array of {array.dtype} has no dtype in graphs; known are {', '.join(DTYPES)}")
+
+
+def type_of(array: Array | QuantizedArray) -> TensorType:
+    """The type of a value at run time."""
+    if isinstance(array, QuantizedArray):
+        quantised = QuantType(dtype_of(array.data), array.block, dtype_of(array.scale))
+        return quantised[tuple(array.data.shape)]
+    return dtype_of(array)[tuple(array.shape)]
 
 
 def _run(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from deltaloom.graph.errors import GraphError
+from deltaloom.graph.interpret import type_of
 from deltaloom.graph.op import Array, Draw, Op
 from deltaloom.graph.parse import parse_graph
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.serialize import from_json, to_json
 from deltaloom.graph.text import print_graph
 from deltaloom.graph.types import DType, TensorType, bf16, bool_, f16, f32, f64, i32, i64
+from deltaloom.ops.fused import Fused
 from deltaloom.passes.kernel import Backend, Kernel
 from deltaloom.testing import kernels
 from deltaloom.testing.evaluate import (
@@ -22,7 +24,6 @@ from deltaloom.testing.evaluate import (
     one_node,
     reference,
     torch_rule,
-    type_of,
 )
 from deltaloom.testing.laws import check_law
 from deltaloom.testing.measure import assert_close
@@ -118,7 +119,7 @@ def check_kernel(backend: Backend, kernel: Kernel, op: type[Op], draw: Draw) -> 
 def applies(check: object, op: type[Op]) -> bool:
     """Whether a check has anything to say about an op."""
     needed = {
-        check_decompose: op.decompose is not None,
+        check_decompose: op.decompose is not None and not issubclass(op, Fused),
         check_torch: op.torch is not None,
         check_laws: bool(op.laws),
         check_commutative: op.commutative,

@@ -9,11 +9,11 @@ import numpy as np
 from deltaloom.backends import backend as make_backend
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.errors import GraphError
-from deltaloom.graph.interpret import interpret
+from deltaloom.graph.interpret import interpret, type_of
 from deltaloom.graph.ir import Graph
 from deltaloom.graph.op import Array, Case, Draw, Op
 from deltaloom.graph.quantized import QuantizedArray
-from deltaloom.graph.types import DTYPES, DType, QuantType, TensorType, f64
+from deltaloom.graph.types import DType, TensorType, f64
 
 Value = Array | QuantizedArray
 
@@ -43,22 +43,6 @@ def in_float64(arrays: tuple[Value, ...]) -> tuple[Value, ...]:
         array if isinstance(array, QuantizedArray) or array.dtype.kind in "iub" else array.astype(np.float64)
         for array in arrays
     )
-
-
-def dtype_of(array: Array) -> DType:
-    """The graph's dtype of an array."""
-    for dtype in DTYPES.values():
-        if dtype.numpy == array.dtype:
-            return dtype
-    raise GraphError(f"an array of {array.dtype} has no dtype in graphs; known are {', '.join(DTYPES)}")
-
-
-def type_of(array: Value) -> TensorType:
-    """The type of a value at run time."""
-    if isinstance(array, QuantizedArray):
-        quantised = QuantType(dtype_of(array.data), array.block, dtype_of(array.scale))
-        return quantised[tuple(array.data.shape)]
-    return dtype_of(array)[tuple(array.shape)]
 
 
 def reference(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...]:

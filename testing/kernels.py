@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from deltaloom.graph.errors import CompileError
+from deltaloom.graph.interpret import type_of
 from deltaloom.graph.ir import Node
 from deltaloom.graph.op import Array, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import DType, bf16, f32, f64
 from deltaloom.passes.kernel import Appended, Backend, Kernel
-from deltaloom.testing.evaluate import Value, as_tuple, one_node, type_of
+from deltaloom.testing.evaluate import Value, as_tuple, one_node
 
 DTYPES_UNDER_TEST = (f32, f64, bf16)
 """The float dtypes that the kit draws from."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from deltaloom.graph.interpret import dtype_of
 from deltaloom.graph.op import Array
 from deltaloom.graph.types import DType, bf16, f16, f32, f64
-from deltaloom.testing.evaluate import dtype_of
 
 FACTOR = 4.0
 """How much farther than the reference: a different order of summation and a rounding more or less."""

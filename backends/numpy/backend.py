@@ -23,6 +23,7 @@ from deltaloom.graph.op import Array, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.registry import ops
 from deltaloom.graph.types import DType, f32, f64
+from deltaloom.ops.fused import without_fused
 from deltaloom.passes.kernel import Appended, Kernel
 
 
@@ -42,8 +43,9 @@ class NumpyBackend:
         self.threads = use_threads(threads).n
 
     def kernels(self) -> Sequence[Kernel]:
-        """The accelerated kernels, then one for every op of the registry (plugins' included) that has a reference."""
-        portable = [Kernel(op.name, self.name, _portable(op), title="reference") for op in ops if op.reference is not None]
+        """The accelerated kernels, then a portable one for every op (plugins' included) that has a reference of its own."""
+        own = [op for op in without_fused(ops) if op.reference is not None]
+        portable = [Kernel(op.name, self.name, _portable(op), title="reference") for op in own]
         return [*table.kernels, *portable]
 
     def compute_dtype(self, wanted: str) -> DType:

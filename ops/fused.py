@@ -1,0 +1,62 @@
+"""The base of fused ops: several smaller ops under one name, so that a backend can run them as one kernel.
+
+A fused op has no meaning of its own: its types, its cost and its reference are those of its decomposition. Backends offer no
+portable kernel for it; where no accelerated kernel takes one, it is taken apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from deltaloom.graph.builder import GraphBuilder
+from deltaloom.graph.errors import GraphError
+from deltaloom.graph.interpret import interpret, type_of
+from deltaloom.graph.ir import Graph
+from deltaloom.graph.op import Cost, Op
+from deltaloom.graph.registry import OpRegistry
+from deltaloom.graph.types import TensorType
+
+
+class Fused(Op):
+    """An op whose ``decompose`` says everything. Subclasses give ``infer`` as ``return self.types(...)``."""
+
+    def types(self, *types: TensorType) -> tuple[TensorType, ...]:
+        """The output types, from the decomposition; ``GraphError`` where a part refuses its inputs."""
+        return tuple(value.type for _, value in parts(self, types).outputs)
+
+    def reference(self, *arrays: Any) -> Any:
+        """The decomposition, interpreted."""
+        graph = parts(self, tuple(map(type_of, arrays)))
+        named = {value.name: array for value, array in zip(graph.inputs, arrays, strict=True)}
+        results = tuple(interpret(graph, named, _no_params, {}).outputs.values())
+        return results[0] if len(results) == 1 else results
+
+    def cost(self, *types: TensorType) -> Cost:
+        """FLOPs of the parts; bytes of the inputs and outputs alone, which is what fusing is for."""
+        graph = parts(self, types)
+        flops = sum((node.op.cost(*(v.type for v in node.inputs)).flops for node in graph.nodes), start=0)
+        return Cost(flops, self.moved_bytes(*types))
+
+
+@lru_cache(maxsize=256)
+def parts(op: Op, types: tuple[TensorType, ...]) -> Graph:
+    """The decomposition of ``op`` for inputs ``in0``, ``in1``, … of these types, with outputs ``0``, ``1``, …"""
+    builder = GraphBuilder(op.name)
+    values = [builder.input(f"in{position}", type_) for position, type_ in enumerate(types)]
+    made = None if op.decompose is None else op.decompose(builder, *values)
+    if made is None:
+        raise GraphError(f"op {op.name} has no decomposition for {', '.join(map(str, types))}")
+    for position, value in enumerate(made if isinstance(made, tuple) else (made,)):
+        builder.output(str(position), value)
+    return builder.build()
+
+
+def without_fused(registry: OpRegistry) -> Iterator[type[Op]]:
+    """The ops that have a meaning of their own."""
+    return (op for op in registry if not issubclass(op, Fused))
+
+
+def _no_params(name: str) -> Any:
+    raise GraphError(f"a decomposition has no parameters, but '{name}' was asked for")
