@@ -4,6 +4,10 @@ Calling convention of kernels. ``run(op, *inputs)`` gets the op (for its attribu
 of the op's inputs. A fixed state may be overwritten in place; its new value is returned in any case. An append state
 (``op.appends``) comes as ``Appended``: the kernel writes its new entries in place behind ``length`` and does **not** return that
 output. A weight comes in the axis order that the registration ``wants``.
+
+Memory. A kernel registered with ``into`` takes ``out=``: a buffer for its output, or a tuple of them where it has several (states
+are no outputs here), each with any content; it writes there and returns them. One registered with ``scratch`` takes ``scratch=``: a
+tuple of buffers of the types that ``scratch(node)`` asked for, with any content. Without these arguments it allocates.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ Tensor = Any
 Guard = Callable[[Node], str | None]
 """What a kernel *can* run: None accepts, a string is the reason why not."""
 
+Scratch = Callable[[Node], tuple[TensorType, ...]]
+"""The types of the temporary buffers that a kernel works in for a node; dimensions may be symbolic."""
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,7 +46,8 @@ class Appended(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function that runs one op on one backend. ``wants``: input name -> axis order of that weight (a parameter)."""
+    """A function that runs one op on one backend. ``wants``: input name -> axis order of that weight (a parameter); ``into`` and
+    ``scratch``: see "Memory" above."""
 
     op: str
     backend: str
@@ -47,6 +55,8 @@ class Kernel:
     when: tuple[Guard, ...] = ()
     wants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     title: str = ""
+    into: bool = False
+    scratch: Scratch | None = None
 
     @property
     def name(self) -> str:
@@ -74,12 +84,18 @@ class KernelTable:
         self.kernels: list[Kernel] = []
 
     def kernel(
-        self, op: str, *, when: Sequence[Guard] = (), wants: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        op: str,
+        *,
+        when: Sequence[Guard] = (),
+        wants: Mapping[str, tuple[int, ...]] | None = None,
+        into: bool = False,
+        scratch: Scratch | None = None,
     ) -> Callable[[F], F]:
         """Register the decorated function for ``op``; those registered first are preferred."""
 
         def register(run: F) -> F:
-            self.kernels.append(Kernel(op, self.backend, run, tuple(when), dict(wants or {})))
+            self.kernels.append(Kernel(op, self.backend, run, tuple(when), dict(wants or {}), into=into, scratch=scratch))
             return run
 
         return register

@@ -6,15 +6,18 @@ compute dtype (float32 or float64); a row without any allowed key gives 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import numpy as np
 
+from deltaloom.backends.numpy.elementwise import by_rows, sigmoid_gate_into
 from deltaloom.backends.numpy.table import table
 from deltaloom.backends.numpy.threads import share, team
+from deltaloom.graph.ir import Node
 from deltaloom.graph.op import Array, Op
-from deltaloom.graph.types import f32, f64
-from deltaloom.passes.kernel import Appended, dtype_in, size
+from deltaloom.graph.types import TensorType, f32, f64
+from deltaloom.passes.kernel import Appended, dtype_in, input_type, size
 
 
 class _HasScale(Protocol):
@@ -40,20 +43,42 @@ def _append(k: Array, v: Array, key_cache: Appended, value_cache: Appended) -> t
     return key_cache.data[:, :, :end], value_cache.data[:, :, :end]
 
 
-@table.kernel("attention", when=(size("q", 1, equals=1), FLOAT))
+def _step_scratch(node: Node) -> tuple[TensorType, ...]:
+    """Scaled queries, and scores of the past and the new token."""
+    q, cache = input_type(node, "q"), input_type(node, "key_cache")
+    return q, TensorType(q.dtype, (q.shape[0], q.shape[2], cache.shape[2] + 1))
+
+
+@table.kernel("attention", when=(size("q", 1, equals=1), FLOAT), into=True, scratch=_step_scratch)
 def attention_step(
-    op: Op, q: Array, k: Array, v: Array, key_cache: Appended, value_cache: Appended, valid: Array | None = None
+    op: Op,
+    q: Array,
+    k: Array,
+    v: Array,
+    key_cache: Appended,
+    value_cache: Appended,
+    valid: Array | None = None,
+    *,
+    out: Array | None = None,
+    scratch: tuple[Array, Array] | None = None,
 ) -> Array:
     """One token: a product with all keys, a softmax and a product with all values, for the heads of a group at once."""
     keys, values = _append(k, v, key_cache, value_cache)
     batch, _, query_heads, width = q.shape
     key_heads, columns = keys.shape[1:3]
+    repeats = query_heads // key_heads
     mask = None if valid is None or valid.all() else valid[:, None, None, :]
-    queries = (q * cast(_HasScale, op).scale).reshape(batch, key_heads, query_heads // key_heads, width)
-    out = np.empty((*queries.shape[:3], values.shape[-1]), q.dtype)
+    result = np.empty((batch, 1, query_heads, values.shape[-1]), q.dtype) if out is None else out
+    grouped = result.reshape(batch, key_heads, repeats, -1)
+    if scratch:
+        scaled, every = scratch[0], scratch[1].reshape(-1)[: batch * query_heads * columns]
+    else:
+        scaled, every = np.empty(q.shape, q.dtype), np.empty(batch * query_heads * columns, q.dtype)
+    queries = np.multiply(q, cast(_HasScale, op).scale, out=scaled).reshape(batch, key_heads, repeats, width)
+    every = every.reshape(batch, key_heads, repeats, columns)
 
     def run(head: slice) -> None:
-        scores = queries[:, head] @ keys[:, head].swapaxes(-1, -2)
+        scores = np.matmul(queries[:, head], keys[:, head].swapaxes(-1, -2), out=every[:, head])
         if mask is not None:
             np.copyto(scores, -np.inf, where=~mask)
         highest = scores.max(axis=-1, keepdims=True)
@@ -62,18 +87,26 @@ def attention_step(
         scores -= highest
         np.exp(scores, out=scores)
         total = scores.sum(axis=-1, keepdims=True)
-        part = np.matmul(scores, values[:, head], out=out[:, head])
+        part = np.matmul(scores, values[:, head], out=grouped[:, head])
         if mask is not None:
             np.copyto(total, 1, where=total == 0)
         part /= total
 
     share(run, key_heads, worth=batch * query_heads * columns * width >= WORK)
-    return out.reshape(batch, 1, query_heads, values.shape[-1])
+    return result
 
 
-@table.kernel("attention", when=(FLOAT,))
+@table.kernel("attention", when=(FLOAT,), into=True)
 def attention_blocks(
-    op: Op, q: Array, k: Array, v: Array, key_cache: Appended, value_cache: Appended, valid: Array | None = None
+    op: Op,
+    q: Array,
+    k: Array,
+    v: Array,
+    key_cache: Appended,
+    value_cache: Appended,
+    valid: Array | None = None,
+    *,
+    out: Array | None = None,
 ) -> Array:
     """Blocks of queries against blocks of keys with a running maximum and sum (as FlashAttention does), in bounded memory;
     blocks above the diagonal are skipped. The threads share batch rows, key heads and query blocks, the longest first."""
@@ -83,7 +116,7 @@ def attention_blocks(
     past, repeats = columns - seq, query_heads // key_heads
     mask = None if valid is None or valid.all() else valid
     scale = cast(_HasScale, op).scale
-    out = np.empty((batch, seq, query_heads, values.shape[-1]), q.dtype)
+    result = np.empty((batch, seq, query_heads, values.shape[-1]), q.dtype) if out is None else out
 
     def run(item: tuple[int, int, int]) -> None:
         start, row, head = item
@@ -91,12 +124,60 @@ def attention_blocks(
         heads = slice(head * repeats, (head + 1) * repeats)
         queries = np.multiply(q[row, start:stop, heads].swapaxes(0, 1), scale, order="C")
         seen = None if mask is None else mask[row]
-        result = _rows(queries, keys[row, head], values[row, head], past + start, seen)
-        out[row, start:stop, heads] = result.swapaxes(0, 1)
+        answer = _rows(queries, keys[row, head], values[row, head], past + start, seen)
+        result[row, start:stop, heads] = answer.swapaxes(0, 1)
 
     items = [(s, b, h) for s in reversed(range(0, seq, QUERIES)) for b in range(batch) for h in range(key_heads)]
     team(batch * seq * query_heads * columns * width >= WORK).map(run, items)
-    return out
+    return result
+
+
+def _gated(
+    attention: Callable[..., Array],
+    gate: Array,
+    inputs: tuple[Op, Array, Array, Array, Appended, Appended, Array | None],
+    out: Array | None,
+    **scratch: tuple[Array, Array] | None,
+) -> Array:
+    """The heads of ``attention`` written flat, then gated in place."""
+    result = np.empty(gate.shape, gate.dtype) if out is None else out
+    attention(*inputs, out=result.reshape(inputs[1].shape), **scratch)
+    return by_rows(lambda result, gate: sigmoid_gate_into(result, result, gate), result, gate)
+
+
+@table.kernel("gated_attention", when=(size("q", 1, equals=1), FLOAT), into=True, scratch=_step_scratch)
+def gated_attention_step(
+    op: Op,
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array,
+    key_cache: Appended,
+    value_cache: Appended,
+    valid: Array | None = None,
+    *,
+    out: Array | None = None,
+    scratch: tuple[Array, Array] | None = None,
+) -> Array:
+    """``attention_step`` with the gate at its end."""
+    return _gated(attention_step, gate, (op, q, k, v, key_cache, value_cache, valid), out, scratch=scratch)
+
+
+@table.kernel("gated_attention", when=(FLOAT,), into=True)
+def gated_attention_blocks(
+    op: Op,
+    q: Array,
+    k: Array,
+    v: Array,
+    gate: Array,
+    key_cache: Appended,
+    value_cache: Appended,
+    valid: Array | None = None,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """``attention_blocks`` with the gate at its end."""
+    return _gated(attention_blocks, gate, (op, q, k, v, key_cache, value_cache, valid), out)
 
 
 def _rows(queries: Array, keys: Array, values: Array, first: int, valid: Array | None) -> Array:

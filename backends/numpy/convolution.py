@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from deltaloom.backends.numpy.elementwise import BLOCK, silu_into
+from deltaloom.backends.numpy.elementwise import BLOCK, one_plus_exp_negative, silu_into
 from deltaloom.backends.numpy.table import table
 from deltaloom.backends.numpy.threads import pool
 from deltaloom.graph.op import Array, Op
@@ -30,9 +30,10 @@ WHEN = (dtype_in("x", f32, f64), is_param("weight"))
 def convolution_step(op: Op, x: Array, weight: Array, state: Array) -> tuple[Array, Array]:
     """One token: the window is built once, and its last columns are the new state."""
     window = np.concatenate((state.transpose(0, 2, 1), x), axis=1)
-    y = (window * weight[:, 0]).sum(axis=1, keepdims=True)
+    y: Array = (window * weight[:, 0]).sum(axis=1, keepdims=True)
     if cast(_HasActivation, op).activation == "silu":
-        silu_into(y, y)
+        sums, y = y, np.empty_like(y)
+        silu_into(y, sums)
     return y, window[:, 1:].transpose(0, 2, 1)
 
 
@@ -55,7 +56,7 @@ def convolution(op: Op, x: Array, weight: Array, state: Array) -> tuple[Array, A
         for j in range(1, past + 1):
             y += source[row, first + j : first + j + high - low] * taps[j]
         if silu:
-            silu_into(y, y)
+            y /= one_plus_exp_negative(y)
 
     step = max(1, BLOCK // channels)
     blocks = [(0, head)] * bool(head) + [(low, min(low + step, seq)) for low in range(head, seq, step)]

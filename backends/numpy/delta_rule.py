@@ -56,20 +56,32 @@ def delta_gates(op: Op, b: Array, a: Array, a_log: Array, dt_bias: Array) -> tup
 
 @table.kernel("gated_delta_rule", when=(size("q", 1, equals=1), dtype_in("v", f32, f64), dtype_in("state", f32, f64)))
 def delta_step(op: Op, q: Array, k: Array, v: Array, log_decay: Array, beta: Array, state: Array) -> tuple[Array, Array]:
-    """One token, in place. out = g (q S) + (q k) delta with the *old* state, which is so read once and written once."""
+    """One token, in place."""
     batch, _, key_heads, key_dim = q.shape
     value_heads, value_dim = state.shape[1], state.shape[3]
-    repeats = value_heads // key_heads
-    heads = (batch, key_heads, repeats)
-    grouped = state.reshape(*heads, key_dim, value_dim)
-    decay = np.exp(log_decay).reshape(*heads, 1)
-    queries = (q * cast(_HasScale, op).scale).reshape(batch, key_heads, 1, key_dim)
-    keys = k.reshape(batch, key_heads, 1, key_dim)
-    values, betas = v.reshape(*heads, value_dim), beta.reshape(*heads, 1)
+    heads = (batch, key_heads, value_heads // key_heads)
     out = np.empty((*heads, value_dim), state.dtype)
+    advance(
+        out,
+        (q * cast(_HasScale, op).scale).reshape(batch, key_heads, 1, key_dim),
+        k.reshape(batch, key_heads, 1, key_dim),
+        v.reshape(*heads, value_dim),
+        np.exp(log_decay).reshape(*heads, 1),
+        beta.reshape(*heads, 1),
+        state.reshape(*heads, key_dim, value_dim),
+        np.empty((*heads, key_dim, value_dim), state.dtype),
+    )
+    return out.reshape(v.shape).astype(v.dtype, copy=False), state
+
+
+def advance(out: Array, queries: Array, keys: Array, values: Array, decay: Array, betas: Array, state: Array, outer: Array) -> None:
+    """One token of every head: out = g (q S) + (q k) delta with the *old* state, which is so read once and written once.
+
+    queries (scaled), keys [batch, Hk, 1, dk]; values, out [batch, Hk, r, dv]; decay g, betas [batch, Hk, r, 1]; ``state`` is
+    changed in place and ``outer`` is scratch, both [batch, Hk, r, dk, dv]."""
 
     def run(at: slice) -> None:
-        query, key, old, g = queries[:, at], keys[:, at], grouped[:, at], decay[:, at]
+        query, key, old, g, update = queries[:, at], keys[:, at], state[:, at], decay[:, at], outer[:, at]
         delta = np.vecmat(key, old)
         delta *= g
         np.subtract(values[:, at], delta, out=delta)
@@ -78,10 +90,10 @@ def delta_step(op: Op, q: Array, k: Array, v: Array, log_decay: Array, beta: Arr
         part *= g
         part += np.vecdot(query, key)[..., None] * delta
         old *= g[..., None]
-        old += key[..., None] * delta[..., None, :]
+        np.multiply(key[..., None], delta[..., None, :], out=update)
+        old += update
 
-    share(run, key_heads, worth=state.size >= STEP_WORK)
-    return out.reshape(v.shape).astype(v.dtype, copy=False), state
+    share(run, keys.shape[1], worth=state.size >= STEP_WORK)
 
 
 @table.kernel("gated_delta_rule", when=(dtype_in("v", f32, f64), dtype_in("state", f32, f64)))

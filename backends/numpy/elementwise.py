@@ -26,9 +26,9 @@ BLOCK = 1 << 15
 """Elements of a block: with two or three operands it stays within 512 KiB."""
 
 
-def one_plus_exp_negative(x: Array) -> Array:
-    """``1 + exp(-x)``, never infinite."""
-    result: Array = np.maximum(x, LOWEST[x.dtype])
+def one_plus_exp_negative(x: Array, out: Array | None = None) -> Array:
+    """``1 + exp(-x)``, never infinite; ``out`` may be x."""
+    result: Array = np.maximum(x, LOWEST[x.dtype], out=out)
     np.negative(result, out=result)
     np.exp(result, out=result)
     result += 1
@@ -54,22 +54,23 @@ def by_rows(run: Callable[..., None], out: Array, *inputs: Array) -> Array:
 
 
 def swiglu_into(out: Array, gate: Array, up: Array) -> None:
-    """``silu(gate) * up``; ``out`` may be either of them."""
-    divisor = one_plus_exp_negative(gate)
-    np.divide(gate, divisor, out=divisor)
-    np.multiply(divisor, up, out=out)
+    """``silu(gate) * up`` without a temporary; ``out`` is another array than both."""
+    silu_into(out, gate)
+    out *= up
 
 
 def silu_into(out: Array, x: Array) -> None:
-    np.divide(x, one_plus_exp_negative(x), out=out)
+    """``x / (1 + exp(-x))`` without a temporary; ``out`` is another array than x."""
+    np.divide(x, one_plus_exp_negative(x, out), out=out)
 
 
-def _sigmoid_gate_into(out: Array, x: Array, gate: Array) -> None:
+def sigmoid_gate_into(out: Array, x: Array, gate: Array) -> None:
+    """``x * sigmoid(gate)``; ``out`` may be x."""
     np.divide(x, one_plus_exp_negative(gate), out=out)
 
 
 def _logistic_into(out: Array, x: Array) -> None:
-    np.divide(1, one_plus_exp_negative(x), out=out)
+    np.divide(1, one_plus_exp_negative(x, out), out=out)
 
 
 FLOAT = dtype_in("x", f32, f64)
@@ -93,19 +94,31 @@ def swiglu(op: Op, gate: Array, up: Array) -> Array:
     return by_rows(swiglu_into, np.empty(gate.shape, gate.dtype), gate, up)
 
 
+@table.kernel("packed_swiglu", when=(dtype_in("both", f32, f64),), into=True)
+def packed_swiglu(op: Op, both: Array, *, out: Array | None = None) -> Array:
+    """The halves are views."""
+    width = both.shape[-1] // 2
+    result = np.empty((*both.shape[:-1], width), both.dtype) if out is None else out
+
+    def run(result: Array, both: Array) -> None:
+        swiglu_into(result, both[..., :width], both[..., width:])
+
+    return by_rows(run, result, both)
+
+
 @table.kernel("sigmoid_gate", when=(FLOAT,))
 def sigmoid_gate(op: Op, x: Array, gate: Array) -> Array:
     """One division instead of a division and a product; one gate for all, as the shared expert has, is a plain number."""
     if gate.size == 1:
         scaled: Array = np.multiply(x, 1 / (1 + exp(-max(gate.item(), -700.0))))
         return scaled
-    return by_rows(_sigmoid_gate_into, np.empty(x.shape, x.dtype), x, gate)
+    return by_rows(sigmoid_gate_into, np.empty(x.shape, x.dtype), x, gate)
 
 
-@table.kernel("add")
-def add(op: Op, x: Array, y: Array) -> Array:
+@table.kernel("add", into=True)
+def add(op: Op, x: Array, y: Array, *, out: Array | None = None) -> Array:
     """The ufunc alone, 1 us less than the reference's guard against warnings."""
-    result: Array = np.add(x, y)
+    result: Array = np.add(x, y, out=out)
     return result
 
 

@@ -47,18 +47,18 @@ def shared_product(x: Array, weight: Array, out: Array) -> None:
     team.map(lambda part: product(x, weight[:, part], out[:, part]), slices(columns, count, 16))
 
 
-def _linear(x: Array, weight: Array, bias: Array | None) -> Array:
+def _linear(x: Array, weight: Array, bias: Array | None, out: Array | None) -> Array:
     if x.size == x.shape[-1] and weight.size < STREAM:
-        result: Array = x @ weight
+        result: Array = np.matmul(x, weight, out=out)
     else:
-        result = np.empty((*x.shape[:-1], weight.shape[1]), x.dtype)
+        result = np.empty((*x.shape[:-1], weight.shape[1]), x.dtype) if out is None else out
         shared_product(x.reshape(-1, x.shape[-1]), weight, result.reshape(-1, weight.shape[1]))
     if bias is not None:
         result += bias
     return result
 
 
-@table.kernel("linear", when=(dtype_in("x", f32, f64), dtype_in("weight", f32, f64)))
-def linear(op: Op, x: Array, weight: Array, bias: Array | None = None) -> Array:
+@table.kernel("linear", when=(dtype_in("x", f32, f64), dtype_in("weight", f32, f64)), into=True)
+def linear(op: Op, x: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None) -> Array:
     """The weight stays as typed and stored, ``[out, in]``, so that a float32 file is used where it is mapped."""
-    return _linear(x, weight.T, bias)
+    return _linear(x, weight.T, bias, out)

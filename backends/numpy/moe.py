@@ -11,13 +11,14 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from deltaloom.backends.numpy.elementwise import swiglu_into
-from deltaloom.backends.numpy.linear import STREAM, WORK, product
+from deltaloom.backends.numpy.elementwise import by_rows, one_plus_exp_negative, swiglu_into
+from deltaloom.backends.numpy.linear import STREAM, WORK, product, shared_product
 from deltaloom.backends.numpy.table import table
 from deltaloom.backends.numpy.threads import share, slices, team
+from deltaloom.graph.ir import Node
 from deltaloom.graph.op import Array, Op
-from deltaloom.graph.types import f32, f64
-from deltaloom.passes.kernel import dtype_in, is_param
+from deltaloom.graph.types import TensorType, f32, f64
+from deltaloom.passes.kernel import dtype_in, input_type, is_param
 
 
 class _Routing(Protocol):
@@ -81,60 +82,132 @@ def _largest(rows: Array, k: int) -> Array:
     return found
 
 
-@table.kernel("moe_experts", when=WHEN, wants=WANTS)
-def moe_experts(op: Op, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
+@table.kernel("gated_router", when=(dtype_in("logits", f32, f64),))
+def gated_router(op: Op, logits: Array) -> tuple[Array, Array, Array]:
+    """The gate is a view of the last column."""
+    weights, ids = router_topk(op, logits[..., :-1])
+    return weights, ids, logits[..., -1:]
+
+
+def _scratch(node: Node) -> tuple[TensorType, ...]:
+    """For every chosen expert of every token: its input, both halves of its inner layer, their product and its result."""
+    ids, x, down = (input_type(node, name) for name in ("ids", "x", "down"))
+    chosen, inner, hidden = ids.elements(), down.shape[2], x.shape[2]
+    return tuple(TensorType(x.dtype, (chosen, width)) for width in (hidden, 2 * inner, inner, hidden))
+
+
+def _shared_scratch(node: Node) -> tuple[TensorType, ...]:
+    """Those of the experts, then the shared one's halves, their product and its result."""
+    x, down = input_type(node, "x"), input_type(node, "shared_down")
+    tokens, (hidden, inner) = x.shape[0] * x.shape[1], down.shape
+    return (*_scratch(node), *(TensorType(x.dtype, (tokens, width)) for width in (2 * inner, inner, hidden)))
+
+
+@table.kernel("shared_moe", when=WHEN, wants=WANTS, into=True, scratch=_shared_scratch)
+def shared_moe(
+    op: Op,
+    x: Array,
+    weights: Array,
+    ids: Array,
+    gate: Array,
+    gate_up: Array,
+    down: Array,
+    shared_gate_up: Array,
+    shared_down: Array,
+    *,
+    out: Array | None = None,
+    scratch: tuple[Array, ...] | None = None,
+) -> Array:
+    """The routed experts, to which the shared one is added while its rows are in the cache."""
+    result = moe_experts(op, x, weights, ids, gate_up, down, out=out, scratch=scratch and scratch[:4])
+    rows, sums, gates = x.reshape(-1, x.shape[-1]), result.reshape(-1, x.shape[-1]), gate.reshape(-1, 1)
+    inner = shared_down.shape[1]
+    widths = (2 * inner, inner, x.shape[-1])
+    both, middle, extra = scratch[4:] if scratch else (np.empty((len(rows), width), x.dtype) for width in widths)
+    shared_product(rows, shared_gate_up.T, both)
+    by_rows(lambda middle, both: swiglu_into(middle, both[:, :inner], both[:, inner:]), middle, both)
+    shared_product(middle, shared_down.T, extra)
+
+    def add(extra: Array, sums: Array, gates: Array) -> None:
+        extra /= one_plus_exp_negative(gates)
+        sums += extra
+
+    by_rows(add, extra, sums, gates)
+    return result
+
+
+@table.kernel("moe_experts", when=WHEN, wants=WANTS, into=True, scratch=_scratch)
+def moe_experts(
+    op: Op,
+    x: Array,
+    weights: Array,
+    ids: Array,
+    gate_up: Array,
+    down: Array,
+    *,
+    out: Array | None = None,
+    scratch: tuple[Array, ...] | None = None,
+) -> Array:
     """One token: a row a chosen expert. More: one product an expert."""
     hidden, k = x.shape[-1], ids.shape[-1]
     rows, chosen, factors = x.reshape(-1, hidden), ids.reshape(-1, k), weights.reshape(-1, k)
-    out = np.empty(rows.shape, x.dtype)
+    result = np.empty(x.shape, x.dtype) if out is None else out
+    sums = result.reshape(rows.shape)
     if len(rows) == 1:
-        _one_token(out, rows, factors[0], chosen[0], gate_up, down)
-    else:
-        step = max(1, RESULTS // (k * hidden))
-        for at in range(0, len(rows), step):
-            part = slice(at, at + step)
-            _tokens(out[part], rows[part], factors[part], chosen[part], gate_up, down)
-    return out.reshape(x.shape)
+        _one_token(sums, rows, factors[0], chosen[0], gate_up, down, scratch)
+        return result
+    step = len(rows) if scratch else max(1, RESULTS // (k * hidden))
+    for at in range(0, len(rows), step):
+        part = slice(at, at + step)
+        _tokens(sums[part], rows[part], factors[part], chosen[part], gate_up, down, scratch)
+    return result
 
 
-def _one_token(out: Array, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> None:
+def _one_token(
+    out: Array, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array, scratch: tuple[Array, ...] | None
+) -> None:
     """``x`` [1, H]; ``weights``, ``ids`` [k]."""
     order = ids.argsort()
     experts, inner = ids[order].tolist(), down.shape[1]
-    both = np.empty((len(experts), 1, 2 * inner), x.dtype)
-    results = np.empty((len(experts), x.shape[1]), x.dtype)
+    widths = (2 * inner, inner, x.shape[1])
+    both, middle, results = scratch[1:] if scratch else (np.empty((len(experts), width), x.dtype) for width in widths)
 
     def run(part: slice) -> None:
-        for expert, target in zip(experts[part], both[part]):
+        for expert, target in zip(experts[part], both[part, None]):
             np.matmul(x, gate_up[expert], out=target)
-        middle = both[part, :, :inner]
-        swiglu_into(middle, middle, both[part, :, inner:])
-        for expert, row, target in zip(experts[part], middle, results[part, None]):
+        swiglu_into(middle[part], both[part, :inner], both[part, inner:])
+        for expert, row, target in zip(experts[part], middle[part, None], results[part, None]):
             np.matmul(row, down[expert], out=target)
 
     share(run, len(experts), worth=3 * len(experts) * inner * x.shape[1] >= STREAM)
     np.matmul(weights[order], results, out=out[0])
 
 
-def _tokens(out: Array, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> None:
-    """``x`` [tokens, H]; ``weights``, ``ids`` [tokens, k]."""
+def _tokens(
+    out: Array, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array, scratch: tuple[Array, ...] | None
+) -> None:
+    """``x`` [tokens, H]; ``weights``, ``ids`` [tokens, k]. Without ``scratch`` each expert's temporaries are its own."""
     tokens, k = ids.shape
-    inner = down.shape[1]
+    inner, hidden = down.shape[1], x.shape[1]
     order = ids.reshape(-1).argsort(kind="stable")
     counts = np.bincount(ids.reshape(-1), minlength=len(gate_up))
     ends = counts.cumsum()
     source = order // k
-    results = np.empty((tokens * k, x.shape[1]), x.dtype)
+    results = scratch[3] if scratch else np.empty((tokens * k, hidden), x.dtype)
 
     def run(expert: int) -> None:
         rows = slice(int(ends[expert] - counts[expert]), int(ends[expert]))
-        both = np.empty((rows.stop - rows.start, 2 * inner), x.dtype)
-        product(x.take(source[rows], axis=0), gate_up[expert], both)
-        gate = both[:, :inner]
-        swiglu_into(gate, gate, both[:, inner:])
-        product(gate, down[expert], results[rows])
+        count = rows.stop - rows.start
+        if scratch:
+            given, both, middle = (buffer[rows] for buffer in scratch[:3])
+        else:
+            given, both, middle = (np.empty((count, width), x.dtype) for width in (hidden, 2 * inner, inner))
+        x.take(source[rows], axis=0, out=given, mode="clip")
+        product(given, gate_up[expert], both)
+        swiglu_into(middle, both[:, :inner], both[:, inner:])
+        product(middle, down[expert], results[rows])
 
-    team(3 * tokens * k * inner * x.shape[1] >= WORK).map(run, np.flatnonzero(counts).tolist())
+    team(3 * tokens * k * inner * hidden >= WORK).map(run, np.flatnonzero(counts).tolist())
     places = np.empty(tokens * k, np.intp)
     places[order] = np.arange(tokens * k)
     by_id = ids.argsort(axis=-1)
@@ -142,7 +215,13 @@ def _tokens(out: Array, x: Array, weights: Array, ids: Array, gate_up: Array, do
     factors = np.take_along_axis(weights, by_id, axis=-1)
 
     def combine(part: slice) -> None:
-        np.matmul(factors[part, None], results[places[part]], out=out[part, None])
+        rows = places[part].reshape(-1)
+        # Done with the experts' inputs, their buffer holds the results in the order of the tokens.
+        sorted_results = (
+            scratch[0][part.start * k : part.start * k + len(rows)] if scratch else np.empty((len(rows), hidden), x.dtype)
+        )
+        results.take(rows, axis=0, out=sorted_results, mode="clip")
+        np.matmul(factors[part, None], sorted_results.reshape(-1, k, hidden), out=out[part, None])
 
-    step = max(1, (1 << 18) // (k * x.shape[1]))
+    step = max(1, (1 << 18) // (k * hidden))
     team(results.size >= 1 << 20).map(combine, slices(tokens, -(-tokens // step)))

@@ -35,21 +35,43 @@ def normalise_into(out: Array, x: Array, divisor: float, eps: float) -> None:
     np.divide(x, root[..., None], out=out)
 
 
-@table.kernel("rms_norm", when=(FLOAT,))
-def rms_norm(op: Op, x: Array, weight: Array) -> Array:
+@table.kernel("rms_norm", when=(FLOAT,), into=True)
+def rms_norm(op: Op, x: Array, weight: Array, *, out: Array | None = None) -> Array:
     """Both rounding orders are one when nothing is cast."""
     eps = cast(_HasEps, op).eps
+    result = np.empty(x.shape, x.dtype) if out is None else out
     if x.size == x.shape[-1]:
         row = x.reshape(-1)
-        scaled = np.multiply(x, weight)
-        scaled *= 1 / sqrt(float(row.dot(row)) / len(row) + eps)
-        return scaled
+        np.multiply(x, weight, out=result)
+        result *= 1 / sqrt(float(row.dot(row)) / len(row) + eps)
+        return result
 
     def run(out: Array, x: Array) -> None:
         normalise_into(out, x, x.shape[-1], eps)
         out *= weight
 
-    return by_rows(run, np.empty(x.shape, x.dtype), x)
+    return by_rows(run, result, x)
+
+
+@table.kernel("add_rms_norm", when=(FLOAT,), into=True)
+def add_rms_norm(op: Op, x: Array, delta: Array, weight: Array, *, out: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+    """The sum is written and normed block by block while it is in the cache."""
+    eps = cast(_HasEps, op).eps
+    total, normed = out or (np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype))
+    if x.size == x.shape[-1]:
+        np.add(x, delta, out=total)
+        row = total.reshape(-1)
+        np.multiply(total, weight, out=normed)
+        normed *= 1 / sqrt(float(row.dot(row)) / len(row) + eps)
+        return total, normed
+
+    def run(normed: Array, total: Array, x: Array, delta: Array) -> None:
+        np.add(x, delta, out=total)
+        normalise_into(normed, total, x.shape[-1], eps)
+        normed *= weight
+
+    by_rows(run, normed, total, x, delta)
+    return total, normed
 
 
 @table.kernel("gated_rms_norm", when=(FLOAT,))

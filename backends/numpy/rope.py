@@ -1,0 +1,74 @@
+"""What comes before attention in the NumPy backend: heads cut, normed and rotated (Qwen3-Next specification, sections 6 and 7).
+
+A rotation is ``x * [cos, cos] + swap(x) * [-sin, sin]`` with the halves of x swapped: three calls a tensor.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from deltaloom.backends.numpy.norm import normalise_into
+from deltaloom.backends.numpy.table import table
+from deltaloom.backends.numpy.threads import team
+from deltaloom.graph.op import Array, Op
+from deltaloom.graph.types import f32, f64
+from deltaloom.ops.fused_attention import QKVNormRope
+from deltaloom.passes.kernel import dtype_in
+
+BLOCK = 1 << 15
+"""Elements of ``projected`` that are cut, normed and rotated at once."""
+
+
+def _rotate(x: Array, cos: Array, signed_sin: Array) -> None:
+    """Rotate the first elements of x [..., heads, width] in place; cos [..., 1, 1, half], signed_sin [..., 1, 2, half]."""
+    half = cos.shape[-1]
+    turned = x[..., : 2 * half].reshape(*x.shape[:-1], 2, half)
+    swapped = turned[..., ::-1, :] * signed_sin
+    turned *= cos
+    turned += swapped
+
+
+def _angles(cos: Array, sin: Array) -> tuple[Array, Array]:
+    """``cos`` and ``[-sin, sin]`` for ``_rotate``."""
+    signed = np.empty((*sin.shape[:-1], 1, 2, sin.shape[-1]), sin.dtype)
+    np.negative(sin, out=signed[..., 0, 0, :])
+    signed[..., 0, 1, :] = sin
+    return cos[..., None, None, :], signed
+
+
+@table.kernel("qkv_norm_rope", when=(dtype_in("projected", f32, f64),), into=True)
+def qkv_norm_rope(
+    op: Op, projected: Array, q_weight: Array, k_weight: Array, cos: Array, sin: Array, *, out: tuple[Array, ...] | None = None
+) -> tuple[Array, ...]:
+    """Blocks of tokens, shared by the threads. Without ``out``, v and the gate are views."""
+    fused = cast(QKVNormRope, op)
+    batch, seq, columns = projected.shape
+    tokens, width = batch * seq, len(q_weight)
+    rows = projected.reshape(tokens, columns)
+    ends = np.cumsum(fused.sizes(width)).tolist()
+    pieces = [rows[:, start:end] for start, end in zip([0, *ends], ends)]
+    shapes = [(batch, seq, heads, width) for heads in (fused.heads, fused.kv_heads)]
+    q, k = out[:2] if out else (np.empty(shape, projected.dtype) for shape in shapes)
+    c, s = _angles(cos.reshape(tokens, -1), sin.reshape(tokens, -1))
+    parts = [
+        (target.reshape(tokens, -1, width), source.reshape(tokens, -1, width), weight)
+        for target, source, weight in ((q, pieces[0], q_weight), (k, pieces[-2], k_weight))
+    ]
+
+    def run(at: slice) -> None:
+        for target, source, weight in parts:
+            normalise_into(target[at], source[at], width, fused.eps)
+            target[at] *= weight
+            _rotate(target[at], c[at], s[at])
+
+    step = max(1, BLOCK // columns)
+    team(rows.size > 2 * BLOCK).map(run, [slice(start, start + step) for start in range(0, tokens, step)])
+    v = pieces[-1].reshape(batch, seq, fused.kv_heads, width)
+    rest = (v, pieces[1].reshape(batch, seq, -1)) if fused.gated else (v,)
+    if out:
+        for target, source in zip(out[2:], rest, strict=True):
+            target[...] = source
+        return out
+    return q, k, *rest
