@@ -157,10 +157,11 @@ def _segment(inputs: list[Array], state: Array, out: Array, scale: float, chunk:
     np.multiply(q.reshape(n, chunk, key_heads, key_dim).transpose(2, 0, 1, 3), scale, out=both[:, :, 1])
     keys, queries = both[:, :, 0], both[:, :, 1]
     values = v.reshape(n, chunk, key_heads, repeats, value_dim).transpose(2, 3, 0, 1, 4)
-    betas = beta.reshape(n, chunk, key_heads, repeats).transpose(2, 3, 0, 1)
+    # Copies: what is computed from a transposed view keeps its order of axes, and then every product has strided operands.
+    betas, decays = (np.ascontiguousarray(x.reshape(n, chunk, key_heads, repeats).transpose(2, 3, 0, 1)) for x in (beta, log_decay))
 
     # Sums of decays reach thousands and their differences matter to 1e-7: float64 until the exponential.
-    total = log_decay.reshape(n, chunk, key_heads, repeats).transpose(2, 3, 0, 1).cumsum(axis=-1, dtype=np.float64)
+    total = decays.cumsum(axis=-1, dtype=np.float64)
     decay = np.subtract(total[..., :, None], total[..., None, :]).astype(dtype)
     decay += _above(chunk)
     np.exp(decay, out=decay)
@@ -178,17 +179,30 @@ def _segment(inputs: list[Array], state: Array, out: Array, scale: float, chunk:
     np.matmul(inverse, keys[:, None], out=readers[..., 0, :, :])
     np.multiply(queries[:, None], grown[..., None], out=readers[..., 1, :, :])
     readers = readers.reshape(*lead, 2 * chunk, key_dim)
+    writers = keys.swapaxes(-1, -2)[:, None] * shrinking[..., None, :]
 
     held = state.reshape(key_heads, repeats, key_dim, value_dim)
-    result = np.empty((n, chunk, key_heads, repeats, value_dim), dtype)
-    for i in range(n):
-        read = readers[:, :, i] @ held
-        new = new_values[:, :, i]
-        new -= read[..., :chunk, :]
-        answer = scores[:, :, i] @ new
-        answer += read[..., chunk:, :]
-        result[i] = answer.transpose(2, 0, 1, 3)
-        new *= shrinking[:, :, i, :, None]
-        held *= grown[:, :, i, -1, None, None]
-        held += keys[:, None, i].swapaxes(-1, -2) @ new
-    out[...] = result.reshape(n * chunk, value_heads, value_dim)[:rows]
+    read = _scan(readers, writers, new_values, grown[..., -1, None, None], held)
+    answers = scores @ new_values
+    answers += read[..., chunk:, :]
+    by_token = answers.transpose(2, 3, 0, 1, 4)
+    if n * chunk == rows:
+        out.reshape(by_token.shape)[...] = by_token
+    else:
+        out[...] = by_token.reshape(n * chunk, value_heads, value_dim)[:rows]
+
+
+def _scan(readers: Array, writers: Array, new_values: Array, grown: Array, held: Array) -> Array:
+    """Chunk by chunk: read = readers S, new_values -= its first half, S = grown S + writers new_values. Gives all reads.
+
+    readers [Hk, r, n, 2 C, dk], writers [Hk, r, n, dk, C], new_values [Hk, r, n, C, dv] and the state held [Hk, r, dk, dv],
+    which are changed in place; grown [Hk, r, n, 1, 1]. (From state to state, S = (grown - writers W) S + writers U, is two calls
+    a chunk but no faster, for heads of 32 either.)"""
+    chunk = new_values.shape[-2]
+    read = np.empty((*readers.shape[:-1], held.shape[-1]), held.dtype)
+    for i in range(readers.shape[2]):
+        np.matmul(readers[:, :, i], held, out=read[:, :, i])
+        new_values[:, :, i] -= read[:, :, i, :chunk]
+        held *= grown[:, :, i]
+        held += writers[:, :, i] @ new_values[:, :, i]
+    return read
