@@ -7,6 +7,7 @@ ascending id, whichever thread finished first.
 
 from __future__ import annotations
 
+from math import exp
 from typing import Protocol, cast
 
 import numpy as np
@@ -120,10 +121,13 @@ def shared_moe(
 ) -> Array:
     """The routed experts, to which the shared one is added while its rows are in the cache."""
     result = moe_experts(op, x, weights, ids, gate_up, down, out=out, scratch=scratch and scratch[:4])
-    rows, sums, gates = x.reshape(-1, x.shape[-1]), result.reshape(-1, x.shape[-1]), gate.reshape(-1, 1)
-    inner = shared_down.shape[1]
-    widths = (2 * inner, inner, x.shape[-1])
-    both, middle, extra = scratch[4:] if scratch else (np.empty((len(rows), width), x.dtype) for width in widths)
+    hidden, inner = shared_down.shape
+    rows, sums = x.reshape(-1, hidden), result.reshape(-1, hidden)
+    buffers = scratch[4:] if scratch else [np.empty((len(rows), width), x.dtype) for width in (2 * inner, inner, hidden)]
+    if len(rows) == 1 and shared_gate_up.size < STREAM:
+        _shared_row(sums, rows, gate.item(), shared_gate_up.T, shared_down.T, *buffers)
+        return result
+    both, middle, extra = buffers
     shared_product(rows, shared_gate_up.T, both)
     by_rows(lambda middle, both: swiglu_into(middle, both[:, :inner], both[:, inner:]), middle, both)
     shared_product(middle, shared_down.T, extra)
@@ -132,8 +136,18 @@ def shared_moe(
         extra /= one_plus_exp_negative(gates)
         sums += extra
 
-    by_rows(add, extra, sums, gates)
+    by_rows(add, extra, sums, gate.reshape(-1, 1))
     return result
+
+
+def _shared_row(sums: Array, x: Array, gate: float, gate_up: Array, down: Array, both: Array, middle: Array, extra: Array) -> None:
+    """The shared expert of one small token, [1, ...] everywhere."""
+    inner = len(down)
+    np.matmul(x, gate_up, out=both)
+    swiglu_into(middle, both[:, :inner], both[:, inner:])
+    np.matmul(middle, down, out=extra)
+    extra *= 1 / (1 + exp(-max(gate, -700.0)))
+    sums += extra
 
 
 @table.kernel("moe_experts", when=WHEN, wants=WANTS, into=True, scratch=_scratch)
@@ -170,15 +184,16 @@ def _one_token(
     order = ids.argsort()
     experts, inner = ids[order].tolist(), down.shape[1]
     widths = (2 * inner, inner, x.shape[1])
-    both, middle, results = scratch[1:] if scratch else (np.empty((len(experts), width), x.dtype) for width in widths)
+    both, middle, results = scratch[1:] if scratch else [np.empty((len(experts), width), x.dtype) for width in widths]
 
     def run(part: slice) -> None:
-        for expert, target in zip(experts[part], both[part, None]):
-            np.matmul(x, gate_up[expert], out=target)
+        for expert, target in zip(experts[part], both[part]):
+            np.matmul(row, gate_up[expert], out=target)
         swiglu_into(middle[part], both[part, :inner], both[part, inner:])
-        for expert, row, target in zip(experts[part], middle[part, None], results[part, None]):
-            np.matmul(row, down[expert], out=target)
+        for expert, given, target in zip(experts[part], middle[part], results[part]):
+            np.matmul(given, down[expert], out=target)
 
+    row = x[0]
     share(run, len(experts), worth=3 * len(experts) * inner * x.shape[1] >= STREAM)
     np.matmul(weights[order], results, out=out[0])
 
