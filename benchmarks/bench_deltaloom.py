@@ -1,6 +1,6 @@
 """Prefill and decode speed of deltaloom on a checkpoint, on the CPU. Prints one line of JSON.
 
-    python benchmarks/bench_deltaloom.py CHECKPOINT --backend numpy [--prefill 128,512] [--contexts 128] [--tokens 32]
+    python benchmarks/bench_deltaloom.py CHECKPOINT --backend numpy [--prefill 128,512] [--contexts 128] [--tokens 32] [--skip fuse]
 
 The figures are named in protocol.py. Prompts are random, from a seed.
 """
@@ -22,7 +22,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
     started = time.perf_counter()
     config = CompileConfig(
-        backends=(arguments.backend,), dtype=arguments.dtype, threads=arguments.threads, prefill_chunk=arguments.chunk
+        backends=(arguments.backend,),
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        prefill_chunk=arguments.chunk,
+        skip=tuple(arguments.skip.split(",")) if arguments.skip else (),
     )
     model = deltaloom.load(arguments.checkpoint, config=config)
     result = circumstances(arguments, f"deltaloom {arguments.backend}", time.perf_counter() - started)
@@ -56,6 +60,7 @@ def main() -> None:
     parser = flags((__doc__ or "").split("\n")[0])
     parser.add_argument("--backend", choices=["numpy", "torch", "inductor"], default="numpy")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens a prefill step at most")
+    parser.add_argument("--skip", default="", help="passes to leave out, with commas between them")
     print(json.dumps(measure(parser.parse_args())))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from protocol import lengths
 
 import deltaloom
-import deltaloom.runtime.load
+import deltaloom.runtime.compile
 from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.kernel import Backend, Kernel
 
@@ -47,9 +47,9 @@ class Timed:
 
 
 def _timed(kernel: Kernel, seconds: dict[str, float]) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **buffers: Any) -> Any:
         start = time.perf_counter()
-        result = kernel.run(*arguments)
+        result = kernel.run(*arguments, **buffers)
         seconds[kernel.op] += time.perf_counter() - start
         return result
 
@@ -85,7 +85,7 @@ def anonymous() -> int:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, float]]:
     seconds: dict[str, float] = defaultdict(float)
-    place = deltaloom.runtime.load
+    place = deltaloom.runtime.compile
     plain = vars(place)["make_backend"]
     vars(place)["make_backend"] = lambda *args, **options: Timed(plain(*args, **options), seconds)
     config = CompileConfig(backends=(arguments.backend,), threads=arguments.threads)

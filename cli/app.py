@@ -6,7 +6,9 @@ Exit codes: 0 fine, 1 a check failed, 2 a user's mistake or an unusable file, 13
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 import typer
 
@@ -50,6 +52,13 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and give its exit code."""
     open_streams()
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        return run_command(arguments)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command line; every failure that is a user's to mend becomes a sentence and an exit code."""
     try:
         command = typer.main.get_command(app)
         with command.make_context("deltaloom", list(arguments)) as context:
@@ -74,6 +83,15 @@ def run(arguments: Sequence[str]) -> int:
         return fail(f"standard output cannot be written: {error.strerror}")
     except MemoryError:
         return fail("there is not enough memory; a shorter prompt or a smaller max_batch (--config) needs less")
+
+
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """One line on standard error for a warning of deltaloom's, the usual form for any other."""
+    own = category.__module__.split(".")[0] == "deltaloom"
+    text = f"deltaloom: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 def fail(message: str, code: int = USAGE) -> int:

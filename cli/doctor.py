@@ -18,8 +18,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 def doctor() -> None:
     """Check the installation: versions, backends, the CPU and its BLAS, and whether the bundled model answers."""
-    for title, rows in (("versions", list(versions())), ("backends", list(backends())), ("CPU", list(cpu()))):
-        print(f"{title}\n{columns(rows, indent='  ')}\n")
+    for title, rows in (("versions", versions()), ("backends", backends()), ("CPU", cpu()), ("compile cache", compile_cache())):
+        print(f"{title}\n{columns(list(rows), indent='  ')}\n")
     fine, text = bundled_model()
     print(f"bundled model\n  {text}")
     if not fine:
@@ -62,6 +62,20 @@ def cpu() -> Iterator[tuple[str, str]]:
     built = np.show_config(mode="dicts")
     blas = built.get("Build Dependencies", {}).get("blas", {}) if isinstance(built, dict) else {}
     yield "BLAS", f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+
+
+def compile_cache() -> Iterator[tuple[str, str]]:
+    """The default folder of compiled graphs, what is in it, and whether it can be used."""
+    from deltaloom.passes.cache import CompileCache, default_folder
+
+    folder = default_folder()
+    try:
+        entries = list(CompileCache(folder).entries())
+    except DeltaloomError as error:
+        yield "cannot be used", str(error)
+        return
+    yield "folder", f"{folder}{'' if folder.exists() else ', not there yet'}; off by default, --cache default uses it"
+    yield "entries", f"{len(entries)}, {sum(entry.bytes for entry in entries) / 2**20:.1f} MiB"
 
 
 def bundled_model() -> tuple[bool, str]:

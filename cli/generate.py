@@ -28,6 +28,12 @@ def generate(
     dtype: options.DType = None,
     device: options.Device = None,
     threads: options.Threads = None,
+    quantise: options.Quantise = None,
+    keep_quantized: options.KeepQuantized = None,
+    skip: options.Skip = None,
+    fuel: options.Fuel = None,
+    cache: options.Cache = None,
+    no_cache: options.NoCache = False,
     max_model_len: options.MaxModelLen = None,
     generation_config: options.GenerationConfig = None,
     hf_overrides: options.HfOverrides = None,
@@ -52,7 +58,7 @@ def generate(
 
     settings = Settings(ctx.params, config)
     if print_config:
-        print(settings.describe())
+        print(settings.describe_json() if as_json else settings.describe())
         return
     params = settings.sampling_params()
     require(prompt is not None, "there is no prompt; give one, or - to read it from standard input", RequestError)

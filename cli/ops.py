@@ -49,7 +49,7 @@ def rules(op: type["Op"]) -> list[str]:
 
     has = [rule for rule in RULES if getattr(op, rule) is not None]
     has += ["cost"] if op.cost is not Op.cost else []
-    return has + (["sharding"] if op.sharding is not None else [])
+    return has + (["sharding"] if op.sharding is not None or op.factors is not Op.factors else [])
 
 
 def overview(chosen: Sequence[type["Op"]], kernels: Mapping[str, Sequence["Kernel"]]) -> str:
@@ -80,7 +80,7 @@ def details(op: type["Op"], kernels: Mapping[str, Sequence["Kernel"]]) -> str:
         ("attributes", ", ".join(f"{field.name}: {field.type}" for field in fields(op)) or "none"),  # type: ignore[arg-type]
         ("outputs", ", ".join(op.outputs)),
         ("rules", ", ".join(rules(op))),
-        ("sharding", op.sharding or "replicate"),
+        ("sharding", op.sharding or ("by its attributes" if "sharding" in rules(op) else "replicate")),
         ("laws", ", ".join(type(law).__name__ for law in op.laws) or "none"),
     ]
     for backend, table in kernels.items():

@@ -17,6 +17,21 @@ DType = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloa
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; all if not given.")]
 
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        "--quantise", "--quantize", help="Weights as int8, int4 or fp8; or JSON: name pattern to scheme.", metavar="SCHEME"
+    ),
+]
+KeepQuantized = Annotated[
+    bool | None, typer.Option("--keep-quantized/--no-keep-quantized", help="Weights that are stored quantised stay so.")
+]
+Skip = Annotated[str | None, typer.Option("--skip", help="Passes to leave out, by comma.", metavar="PASSES")]
+Fuel = Annotated[int | None, typer.Option("--fuel", help="Rewrite rules change nothing more after so many rewrites.")]
+Mesh = Annotated[str | None, typer.Option("--mesh", help="Ranks of a partition, for example tp=2.", metavar="AXIS=N")]
+Cache = Annotated[str | None, typer.Option("--cache", help="Keep compiled graphs: default, a folder, or off.", metavar="FOLDER")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither read nor keep compiled graphs.")]
+
 MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output together.")]
 GenerationConfig = Annotated[
     str | None, typer.Option("--generation-config", help="auto: sampling defaults of the checkpoint; none: neutral ones.")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaloom.graph.errors import ConfigError, DeltaloomError, require
-from deltaloom.passes.config import CompileConfig, backend_order, compile_config
+from deltaloom.passes.config import CACHE_OFF, CompileConfig, backend_order, compile_config
+from deltaloom.passes.table import near
 from deltaloom.runtime.params import DEFAULT_MAX_BATCH, SAMPLING_FIELDS, GenerationDefaults, SamplingParams
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "check_weights": (bool, "true or false"),
 }
 TABLES = ("model", "compile", "sampling")
+FLAGS = {"backend": "backends", "no_cache": "cache"}
+"""Flags of [compile] that are not called as the key they set."""
+SWITCHES = ("no_cache",)
+"""Flags that say something only when they are given."""
 SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
 COMPILE_KEYS = tuple(field.name for field in fields(CompileConfig))
 
@@ -59,10 +64,11 @@ class Settings:
         }
         if run_file is not None:
             for table, values in read_run_file(run_file).items():
-                self.tables[table] |= {key: Setting(value, str(run_file)) for key, value in values.items()}
+                self.tables[table] |= {key: Setting(value, f"file {run_file}") for key, value in values.items()}
         for name, value in flags.items():
             place = _place(name)
-            if place is not None and value is not None and value != ():
+            absent = value is None or value == () or (name in SWITCHES and not value)
+            if place is not None and not absent:
                 table, key = place
                 self.tables[table][key] = Setting(_flag_value(name, value), f"flag --{name.replace('_', '-')}")
 
@@ -94,14 +100,14 @@ class Settings:
         shape = read_config(folder, self.value("model", "hf_overrides"))
         tables = {table: dict(values) for table, values in self.tables.items()}
         if tables["model"]["max_model_len"].value is None:
-            tables["model"]["max_model_len"] = Setting(shape.max_position_embeddings, "checkpoint")
+            tables["model"]["max_model_len"] = Setting(shape.max_position_embeddings, "checkpoint's config.json")
         neutral = GenerationDefaults()
         auto = self.value("model", "generation_config") == "auto"
         given = GenerationDefaults.from_folder(folder) if auto else neutral
         for key in (*SAMPLING_FIELDS, "max_tokens"):
             if tables["sampling"][key].value is None:
                 value = getattr(given, key)
-                origin = "checkpoint" if value != getattr(neutral, key) else "built-in"
+                origin = "checkpoint's generation_config.json" if value != getattr(neutral, key) else "built-in"
                 tables["sampling"][key] = Setting(value, origin)
         return tables
 
@@ -117,12 +123,21 @@ class Settings:
         mode = self.value("model", "generation_config")
         require(mode in ("auto", "none"), f"generation_config is {mode!r}, expected 'auto' or 'none'", ConfigError)
 
-    def describe(self) -> str:
-        """What ``--print-config`` shows: a TOML file that gives these settings again, with the origins as comments."""
+    def _checked(self) -> dict[str, dict[str, Setting]]:
+        """All tables, refused where loading would refuse them."""
         self._check_ranges()
         self.sampling_params()
+        return self.with_checkpoint()
+
+    def describe_json(self) -> str:
+        """The same as a JSON object: of each key of each table the value and its origin."""
+        tables = {table: {key: vars(setting) for key, setting in values.items()} for table, values in self._checked().items()}
+        return json.dumps(tables)
+
+    def describe(self) -> str:
+        """What ``--print-config`` shows: a TOML file that gives these settings again, with the origins as comments."""
         lines: list[str] = []
-        for table, values in self.with_checkpoint().items():
+        for table, values in self._checked().items():
             lines.append(f"[{table}]")
             for key, setting in values.items():
                 text = f"# {key} is not set" if setting.value is None else f"{key} = {_toml(setting.value)}"
@@ -143,11 +158,10 @@ def read_run_file(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
     known = {"model": tuple(BUILT_IN), "compile": COMPILE_KEYS, "sampling": SAMPLING_KEYS}
     for table, values in content.items():
-        require(table in TABLES, f"{path} has an unknown table [{table}]; known are {', '.join(TABLES)}", ConfigError)
+        require(table in TABLES, f"{path} has an unknown table [{table}]{near(table, TABLES)}", ConfigError)
         require(isinstance(values, dict), f"{path}: {table} is {values!r}, expected a table [{table}]", ConfigError)
         for key, value in values.items():
-            listed = ", ".join(known[table])
-            require(key in known[table], f"{path}: [{table}] has an unknown key '{key}'; known are {listed}", ConfigError)
+            require(key in known[table], f"{path}: [{table}] has an unknown key '{key}'{near(key, known[table])}", ConfigError)
             if table == "model":
                 _check_kind(key, value, f"{path}: ")
     try:
@@ -166,8 +180,8 @@ def _check_kind(key: str, value: object, prefix: str) -> None:
 
 def _place(flag: str) -> tuple[str, str] | None:
     """The table and key that a flag sets."""
-    if flag == "backend":
-        return "compile", "backends"
+    if flag in FLAGS:
+        return "compile", FLAGS[flag]
     for table, keys in (("model", BUILT_IN), ("compile", COMPILE_KEYS), ("sampling", SAMPLING_KEYS)):
         if flag in keys:
             return table, flag
@@ -175,18 +189,40 @@ def _place(flag: str) -> tuple[str, str] | None:
 
 
 def _flag_value(name: str, value: Any) -> Any:
-    if name == "backend":
+    """The value of a setting from the text of its flag."""
+    if name in ("backend", "skip"):
         return backend_order(value)
+    if name == "no_cache":
+        return CACHE_OFF
+    if name == "mesh":
+        return _mesh(value)
+    if name == "quantise" and value.lstrip().startswith("{"):
+        return _json_object("--quantise", value, "name pattern to scheme")
     if name != "hf_overrides":
         return value
-    try:
-        found = json.loads(value)
-    except RecursionError:
-        raise ConfigError("--hf-overrides is nested too deep; it is an object of config.json fields") from None
-    except ValueError as error:
-        raise ConfigError(f"--hf-overrides is not valid JSON: {error}") from None
+    found = _json_object("--hf-overrides", value, "config.json fields")
     _check_kind("hf_overrides", found, "the flag --hf-overrides: ")
     return found
+
+
+def _json_object(flag: str, text: str, content: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{flag} is nested too deep; it is an object of {content}") from None
+    except ValueError as error:
+        raise ConfigError(f"{flag} is not valid JSON: {error}") from None
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """``tp=2,ep=4`` as a table."""
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, ranks = part.partition("=")
+        good = ranks.strip().isdecimal() and len(ranks) < 10
+        require(good, f"--mesh is '{text}', expected an axis and its number of ranks, for example tp=2", ConfigError)
+        mesh[axis.strip()] = int(ranks)
+    return mesh
 
 
 def _defaults(record: CompileConfig | SamplingParams) -> dict[str, Any]:

@@ -1,23 +1,23 @@
 """From a model's config.json to its layer graph, its compiled programs and their source; no weight is read."""
 
 import deltaloom
-from deltaloom.passes.driver import Variant
+from deltaloom.runtime.compile import KINDS
 
 graphs = deltaloom.build_graph("tiny-next")
 print(str(graphs.main).splitlines()[0])
 
-driver = deltaloom.compile(graphs.main, deltaloom.CompileConfig(backends=("numpy",)))
-outputs = ("last_logits",)
-prefill = driver.program(Variant(decode=False, padded=False, outputs=outputs))
-decode = driver.program(Variant(decode=True, padded=False, outputs=outputs))
+model = deltaloom.compile(graphs.main, deltaloom.CompileConfig(backends=("numpy",)))
 
-for title, program in (("prefill", prefill), ("decode", decode)):
-    (node,) = [node for node in program.graph.region("linear_layer").nodes if node.op.name == "gated_delta_rule"]
-    assert node.placement
-    refused = "; ".join(f"{refusal.kernel}: {refusal.reason}" for refusal in node.placement.refusals)
-    print(f"{title}: the delta rule runs on {node.placement.kernel}" + (f" (refused {refused})" if refused else ""))
+for row in model.ledger["shared"]:
+    print(f"{row.name}: {row.before['linear_layer']} nodes in a linear layer, then {row.after['linear_layer']}")
 
-lines = decode.source.splitlines()
+for kind in KINDS:
+    for group in model.explain(kind):
+        if group.body == "linear_layer" and "delta" in group.op:
+            refused = "; ".join(map(str, group.refusals))
+            print(f"{kind}: {group.op} runs on {group.kernel}" + (f" (refused {refused})" if refused else ""))
+
+lines = model.source("decode").splitlines()
 start = next(number for number, line in enumerate(lines) if line.startswith("def linear_layer"))
 print(f"the decode program has {len(lines)} lines; its linear layer begins:")
 print("\n".join(lines[start : start + 8]))

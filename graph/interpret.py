@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from deltaloom.graph.errors import GraphError
+from deltaloom.graph.errors import GraphError, require
 from deltaloom.graph.ir import Call, Graph, Node, Value
 from deltaloom.graph.op import Array
 from deltaloom.graph.quantized import QuantizedArray
-from deltaloom.graph.types import DTYPES, DType, QuantType, TensorType
+from deltaloom.graph.types import DTYPES, DType, TensorType
 
 Observer = Callable[[str, Any], None]
 
@@ -65,8 +65,14 @@ def dtype_of(array: Array) -> DType:
 def type_of(array: Array | QuantizedArray) -> TensorType:
     """The type of a value at run time."""
     if isinstance(array, QuantizedArray):
-        quantised = QuantType(dtype_of(array.data), array.block, dtype_of(array.scale))
-        return quantised[tuple(array.data.shape)]
+        form = array.form
+        for name, part, dtype, shape in (
+            ("codes", array.data, form.stored, form.data_shape(array.shape)),
+            ("scales", array.scale, form.scale, form.scale_shape(array.shape)),
+        ):
+            fits = part.dtype == dtype.numpy and part.shape == shape
+            require(fits, f"the {name} of a {array.type} are {part.dtype} {list(part.shape)}, expected {dtype} {list(shape)}")
+        return array.type
     return dtype_of(array)[tuple(array.shape)]
 
 

@@ -25,11 +25,14 @@ SIGILS: dict[ValueKind, str] = {"node": "%", "input": "%", "param": "@", "state"
 
 @dataclass(frozen=True)
 class Value:
-    """A named, typed value; names are unique within a graph and stay through passes."""
+    """A named, typed value; names are unique within a graph and stay through passes. In a graph that ranks share, the type is
+    that of one rank and ``sharding`` tells people what it is of the whole: ``"tp: 2"`` (axis 2 is divided) or ``"tp: partial"``.
+    It is a remark on the value and no part of what the value is, so equal values may differ in it."""
 
     name: str
     type: TensorType
     kind: ValueKind = "node"
+    sharding: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return SIGILS[self.kind] + self.name
@@ -41,6 +44,9 @@ class Refusal:
 
     kernel: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,9 @@ class Graph:
         return dict(sorted(found.items()))
 
     def substitute(self, values: Mapping[str, Dim]) -> Graph:
-        """The graph with symbols of all types replaced, regions included."""
+        """The graph with symbols of all types replaced, regions included; the same graph where none of them occurs."""
+        if not set(values).intersection(self.symbols()):
+            return self
 
         def sub(value: Value) -> Value:
             return replace(value, type=value.type.substitute(values))

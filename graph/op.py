@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Protocol, dataclass_transform
 
 import numpy as np
@@ -38,6 +39,14 @@ def _no_infer(op: Op, *types: TensorType) -> Inferred:
 
 def _bytes_only(op: Op, *types: TensorType) -> Cost:
     return Cost(0, op.moved_bytes(*types))
+
+
+def _class_sharding(op: Op, *types: TensorType) -> str | None:
+    return op.sharding
+
+
+def _as_it_is(op: Op, *outputs: TensorType) -> Op:
+    return op
 
 
 class Draw(Protocol):
@@ -92,6 +101,10 @@ class Op:
     """Input types -> the output types, or ``GraphError`` with a sentence that shows the offending type."""
     cost: ClassVar[Callable[..., Cost]] = _bytes_only
     """Input types -> FLOPs and bytes; unless an op says more, no FLOPs and the bytes of inputs and outputs."""
+    factors: ClassVar[Callable[..., str | None]] = _class_sharding
+    """Input types -> the sharding string (``deltaloom.ops.factors``); its class's, unless it follows from the attributes."""
+    resized: ClassVar[Callable[..., Op]] = _as_it_is
+    """Output types of the same kind in other sizes -> the op that gives these, for ops that have sizes as attributes."""
     reference: ClassVar[Rule] = None
     decompose: ClassVar[Rule] = None
     """Builder and input values -> the same result from smaller ops, or None where the attributes leave nothing to take apart."""
@@ -120,11 +133,13 @@ class Op:
         return result if isinstance(result, tuple) else (result,)
 
     @classmethod
+    @cache
     def input_names(cls) -> tuple[str, ...]:
         """The inputs by name: the parameters of ``infer``; a variadic op has the one name of its ``*types``."""
         return tuple(inspect.signature(cls.infer).parameters)[1:]
 
     @classmethod
+    @cache
     def arity(cls) -> tuple[int, int]:
         """Least and greatest number of inputs; a parameter with a default is optional, ``*types`` takes any number."""
         parameters = list(inspect.signature(cls.infer).parameters.values())[1:]

@@ -163,7 +163,7 @@ class _Reader:
         if name in parts.defined:
             line.fail(f"{name} is defined twice")
         line.expect(":")
-        value = Value(name[1:], line.type(self._symbols), kind)
+        value = Value(name[1:], line.type(self._symbols), kind, line.sharding())
         parts.defined[name] = value
         return value
 

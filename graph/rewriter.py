@@ -31,6 +31,7 @@ class Rewriter:
         self._successors: dict[Value, Value] = {}
         self._renamed: dict[str, str] = {}
         self._removed: set[Value] = set()
+        self._shardings = {value.name: value.sharding for node in graph.nodes for value in node.outputs}
 
     def current(self, value: Value) -> Value:
         """What ``value`` has become: its last successor, or itself."""
@@ -55,12 +56,12 @@ class Rewriter:
         replaces: Sequence[Node] = (),
     ) -> tuple[Value, ...]:
         """A new node in front of ``before`` (at the end without it), its types inferred. ``names`` are the wanted names
-        of its outputs, in full; one that is taken gets a number. Scope and source come from ``before``, origins from
-        ``replaces`` (from ``before`` where that is empty). Raises ``GraphError`` for inputs that the op refuses."""
+        of its outputs, in full; one that is taken gets a number. Origins, the source (of the first) and the scope (what they
+        share) come from ``replaces``, or, where that is empty, from ``before``. Raises ``GraphError`` for inputs that the op
+        refuses."""
         given = tuple(self.current(value) for value in inputs)
         position = len(self._nodes) if before is None else self._position(before)
-        near = self._nodes[position] if before is not None else replaces[0] if replaces else None
-        origins = _origins(replaces or ((near,) if near is not None else ()))
+        near = replaces or (() if before is None else (self._nodes[position],))
         types = self._types(op, given)
         if len(types) != len(names):
             raise GraphError(f"op {op.name} has {len(types)} outputs, but the names {', '.join(names)} were given for it")
@@ -69,8 +70,8 @@ class Rewriter:
         for name, type_ in zip(names, types, strict=True):
             outputs.append(Value(free_name(name, taken), type_))
             taken.add(outputs[-1].name)
-        scope, source = (near.scope, near.source) if near is not None else ("", "")
-        self._nodes.insert(position, Node(op, given, tuple(outputs), scope, source, origins))
+        source = near[0].source if near else ""
+        self._nodes.insert(position, Node(op, given, tuple(outputs), common_scope(near), source, _origins(near)))
         return tuple(outputs)
 
     def change(
@@ -101,6 +102,7 @@ class Rewriter:
         if old.type != new.type:
             raise GraphError(f"{old}: {old.type} cannot be replaced by {new}: {new.type}, because the types differ")
         if old != new:
+            self._shardings.setdefault(new.name, self._shardings.get(old.name, ""))
             self._exchange(old, new, self._ancestors(new))
 
     def remove(self, node: Node) -> None:
@@ -125,12 +127,13 @@ class Rewriter:
         self._exchange(value, new, set())
         return new
 
-    def add_input(self, name: str, type_: TensorType) -> Value:
-        """A further input, after the others; its name must be free."""
+    def add_input(self, name: str, type_: TensorType, *, after: Value | None = None) -> Value:
+        """A further input, behind the input ``after`` or behind all others; its name must be free."""
         if name in self._names():
             raise GraphError(f"graph '{self._graph.name}' cannot get an input '{name}': the name is taken")
-        self._inputs.append(Value(name, type_, "input"))
-        return self._inputs[-1]
+        position = len(self._inputs) if after is None else self._inputs.index(self.current(after)) + 1
+        self._inputs.insert(position, Value(name, type_, "input"))
+        return self._inputs[position]
 
     def add_param(self, name: str, type_: TensorType) -> Value:
         """The parameter ``name``, added where it is new; ``GraphError`` where it exists with another type."""
@@ -153,6 +156,10 @@ class Rewriter:
         """Make ``value`` the output ``name``, a new one or in the place of the old one."""
         self._outputs[name] = self.current(value)
 
+    def set_outputs(self, outputs: Mapping[str, Value]) -> None:
+        """Have these outputs, in this order, and no others."""
+        self._outputs = {name: self.current(value) for name, value in outputs.items()}
+
     def set_regions(self, regions: Mapping[str, Graph]) -> None:
         """Use other regions, for example ones with other parameters or inputs; calls are then checked against these."""
         self._regions = dict(regions)
@@ -166,7 +173,7 @@ class Rewriter:
             tuple(self._inputs),
             tuple(self._params),
             tuple(self._states),
-            topological(self._nodes),
+            topological([self._with_shardings(node) for node in self._nodes]),
             tuple(self._outputs.items()),
             tuple(self._updates.items()),
             self._regions,
@@ -174,6 +181,13 @@ class Rewriter:
         )
         verify(graph, after=after)
         return graph
+
+    def _with_shardings(self, node: Node) -> Node:
+        """The node with what was known of its outputs, or of those in whose place they are."""
+        known = [value.sharding or self._shardings.get(value.name, "") for value in node.outputs]
+        if known == [value.sharding for value in node.outputs]:
+            return node
+        return replace(node, outputs=tuple(replace(v, sharding=s) for v, s in zip(node.outputs, known)))
 
     def _types(self, op: Op, inputs: tuple[Value, ...]) -> tuple[TensorType, ...]:
         if isinstance(op, Call):
@@ -224,6 +238,16 @@ class Rewriter:
         for user, value in uses:
             if value in gone:
                 raise GraphError(f"{value} was removed from graph '{self._graph.name}', but {user} still uses it")
+
+
+def common_scope(nodes: Sequence[Node]) -> str:
+    """The innermost scope that ``nodes`` share; the outermost one is empty."""
+    shared = []
+    for column in zip(*(node.scope.split(".") for node in nodes)):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)
 
 
 def _origins(nodes: Sequence[Node]) -> tuple[str, ...]:

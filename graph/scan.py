@@ -20,6 +20,7 @@ TYPE = re.compile(r"\w+(\{[^}]*\})?\[[^\]]*\]")
 STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 CONSTANT = re.compile(r"True|False|None|-?inf")
+SHARDING = re.compile(r"\{[^{}]*\}")
 
 
 class Line:
@@ -121,6 +122,10 @@ class Line:
         except GraphError as error:
             self._at = start
             self.fail(str(error))
+
+    def sharding(self) -> str:
+        """What stands in braces after a type; nothing where there are none."""
+        return "" if (found := self.found(SHARDING)) is None else found[1:-1]
 
     def literal(self) -> Attribute:
         """An attribute's value: a number, a string, True, False, None or a tuple of these."""

@@ -73,7 +73,8 @@ def _graph(graph: Graph, sources: bool) -> Json:
 
 
 def _declaration(value: Value) -> Json:
-    return {"name": value.name, "type": str(value.type)}
+    divided = {"sharding": value.sharding} if value.sharding else {}
+    return {"name": value.name, "type": str(value.type), **divided}
 
 
 def _node(node: Node, sources: bool) -> Json:
@@ -148,7 +149,9 @@ class _Reader:
 
     def _value(self, document: Json, kind: ValueKind, where: str) -> Value:
         name = _get(document, "name", str, f"{kind} of {where}")
-        return Value(name, parse_type(_get(document, "type", str, f"{SIGILS[kind]}{name} of {where}"), self._symbols), kind)
+        type_ = parse_type(_get(document, "type", str, f"{SIGILS[kind]}{name} of {where}"), self._symbols)
+        sharding = _get(document, "sharding", str, f"{SIGILS[kind]}{name} of {where}") if "sharding" in document else ""
+        return Value(name, type_, kind, sharding)
 
     def _state(self, document: Json, where: str) -> State:
         value = self._value(document, "state", where)

@@ -57,8 +57,8 @@ def symbol_text(symbol: Symbol) -> str:
 
 
 def declaration(value: Value) -> str:
-    """``%x: f32[batch, 4]``."""
-    return f"{value}: {value.type}"
+    """``%x: f32[batch, 4]``, or ``%x: f32[batch, 4]{tp: 1}`` for what is divided over ranks."""
+    return f"{value}: {value.type}" + (f"{{{value.sharding}}}" if value.sharding else "")
 
 
 def state_line(state: State) -> str:

@@ -15,10 +15,15 @@ from deltaloom.graph.text import declaration
 from deltaloom.graph.types import TensorType
 
 NAME = re.compile(r"[\w./-]+")
+_PASSED = "_verified"
 
 
 def verify(graph: Graph, *, after: str = "") -> None:
-    """Raise ``VerifyError`` unless ``graph`` and its regions keep every rule; ``after`` names the pass that made it."""
+    """Raise ``VerifyError`` unless ``graph`` and its regions keep every rule; ``after`` names the pass that made it.
+
+    Graphs never change, so one that has passed is not looked at again."""
+    if graph.__dict__.get(_PASSED):
+        return
     symbols: dict[str, Symbol] = {}
     top = _Check(graph, graph, after, symbols)
     for name, region in graph.regions.items():
@@ -33,6 +38,7 @@ def verify(graph: Graph, *, after: str = "") -> None:
         if owner.weights is not None:
             verify(owner.weights, after=after)
             _check_weights(_Check(owner, graph, after, symbols), owner.weights)
+    graph.__dict__[_PASSED] = True
 
 
 class _Check:
@@ -78,9 +84,15 @@ class _Check:
         return {"input": list(self.graph.inputs), "param": list(self.graph.params), "state": states}
 
     def _define(self, value: Value, fault: Fault) -> None:
-        self.require(bool(NAME.fullmatch(value.name)), _name_rule(value.kind, value.name), fault)
-        self.require(str(value) not in self.defined, f"{value} is defined twice", fault)
-        self.defined[str(value)] = value
+        # Thousands of weights come by here, so messages are written only where they are needed.
+        text = str(value)
+        if not NAME.fullmatch(value.name):
+            self.fail(_name_rule(value.kind, value.name), fault)
+        if text in self.defined:
+            self.fail(f"{value} is defined twice", fault)
+        if value.sharding and set(value.sharding) & set("{}"):
+            self.fail(f"the sharding of {value} is '{value.sharding}', which may have no braces", fault)
+        self.defined[text] = value
         for symbol in sorted(value.type.symbols()):
             known = self.symbols.setdefault(symbol.name, symbol)
             self.require(
@@ -138,7 +150,8 @@ class _Check:
         if len(types) != len(node.outputs):
             self.fail(f"%{node.name} has {len(node.outputs)} outputs, but {_op_text(node)} gives {len(types)}", node)
         for value, type_ in zip(node.outputs, types, strict=True):
-            self.require(value.type == type_, f"{value} has type {value.type}, but {_op_text(node)} gives {type_}", node)
+            if value.type != type_:
+                self.fail(f"{value} has type {value.type}, but {_op_text(node)} gives {type_}", node)
 
     def _check_call(self, node: Node, call: Call) -> None:
         self.require(self.graph is self.top, f"%{node.name} calls region '{call.region}' from a region; calls do not nest", node)
@@ -214,11 +227,8 @@ def _check_calls(check: _Check) -> None:
             owners[full] = f"%{node.name}"
         for value in region.params:
             known = params.setdefault(prefix + value.name, value.type)
-            check.require(
-                known == value.type,
-                f"%{node.name} has parameter '{prefix}{value.name}' as {value.type}, another use as {known}",
-                node,
-            )
+            if known is not value.type and known != value.type:
+                check.fail(f"%{node.name} has parameter '{prefix}{value.name}' as {value.type}, another use as {known}", node)
     called = {node.op.region for node in graph.nodes if isinstance(node.op, Call)}
     for name in graph.regions:
         check.require(name in called, f"region '{name}' is never called")

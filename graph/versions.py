@@ -38,24 +38,24 @@ def make_op(name: str, version: int, attributes: Mapping[str, Attribute], regist
     for key, field in known.items():
         if key not in attributes and field.default is MISSING:
             raise GraphError(f"op {name} needs the attribute '{key}'")
-        if key in attributes and not _fits(attributes[key], hints[key]):
+        if key in attributes and not fits(attributes[key], hints[key]):
             raise GraphError(f"attribute '{key}' of op {name} is {attributes[key]!r}, expected {field.type}")
     return cls(**attributes)
 
 
-def _fits(value: Attribute, hint: Any) -> bool:
+def fits(value: Attribute, hint: Any) -> bool:
     """Whether ``value`` may stand for an attribute declared as ``hint``; an integer may stand for a float."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if isinstance(hint, UnionType) or get_origin(hint) is not tuple and get_args(hint):
-        return any(_fits(value, option) for option in get_args(hint))
+        return any(fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         parts = get_args(hint)
         if not isinstance(value, tuple):
             return False
         if len(parts) == 2 and parts[1] is Ellipsis:
-            return all(_fits(item, parts[0]) for item in value)
-        return len(value) == len(parts) and all(_fits(v, part) for v, part in zip(value, parts, strict=True))
+            return all(fits(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(fits(v, part) for v, part in zip(value, parts, strict=True))
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint

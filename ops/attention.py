@@ -122,7 +122,7 @@ class Attention(Op):
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         batch, past, seq = draw.integer(1, 3), draw.choice(0, 1, 7, 64), draw.choice(1, 2, 3, 5, 13, 63, 64, 65)
-        heads, repeats, width, value_width = draw.integer(1, 3), draw.integer(1, 3), draw.size(17), draw.size(17)
+        heads, repeats, width, value_width = draw.integer(1, 4), draw.integer(1, 3), draw.size(17), draw.size(17)
         arrays: list[Array] = [
             draw.normal(batch, seq, heads * repeats, width),
             draw.normal(batch, seq, heads, width),

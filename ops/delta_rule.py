@@ -96,7 +96,7 @@ class GatedDeltaRule(Op):
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         batch, seq = draw.integer(1, 3), draw.choice(1, 2, 3, 5, 13, 63, 64, 65, 100, 130)
-        key_heads, repeats = draw.integer(1, 3), draw.integer(1, 3)
+        key_heads, repeats = draw.integer(1, 4), draw.integer(1, 3)
         key_dim, value_dim = draw.size(17), draw.size(17)
         value_heads = key_heads * repeats
         q, k = (_unit(draw.normal(batch, seq, key_heads, key_dim)) for _ in range(2))

@@ -19,7 +19,7 @@ class Add(Op):
 
     name: ClassVar[str] = "add"
     commutative: ClassVar[bool] = True
-    sharding: ClassVar[str] = "..., ... -> ..."
+    sharding: ClassVar[str] = "+..., +... -> ..."
 
     def infer(self, x: TensorType, y: TensorType) -> TensorType:
         floating("x", x)
@@ -46,7 +46,7 @@ class Mul(Op):
 
     name: ClassVar[str] = "mul"
     commutative: ClassVar[bool] = True
-    sharding: ClassVar[str] = "... f, ... f -> ... f"
+    sharding: ClassVar[str] = "+... f, ... f -> ... f"
 
     def infer(self, x: TensorType, y: TensorType) -> TensorType:
         floating("x", x)
@@ -67,6 +67,27 @@ class Mul(Op):
         narrow = (*shape[:-1], draw.choice(shape[-1], 1))
         arrays = (draw.normal(*shape), draw.normal(*narrow))
         return Case(cls(), draw.choice(arrays, arrays[::-1]))
+
+
+class ZerosLike(Op):
+    """Zeros of the type of x."""
+
+    name: ClassVar[str] = "zeros_like"
+    sharding: ClassVar[str] = "... -> ..."
+
+    def infer(self, x: TensorType) -> TensorType:
+        floating("x", x)
+        return x
+
+    def reference(self, x: Array) -> Array:
+        return np.zeros_like(x)
+
+    def torch(self, torch: Any, x: Any) -> Any:
+        return torch.zeros_like(x)
+
+    @classmethod
+    def cases(cls, draw: Draw) -> Case:
+        return Case(cls(), (draw.normal(*_shape(draw)),))
 
 
 class Sigmoid(Op):
@@ -150,7 +171,7 @@ class SigmoidGate(Op):
     """x * sigmoid(gate): sigmoid rounded to the model dtype, the product in it; the last axis of gate may be 1."""
 
     name: ClassVar[str] = "sigmoid_gate"
-    sharding: ClassVar[str] = "... f, ... f -> ... f"
+    sharding: ClassVar[str] = "+... f, ... f -> ... f"
 
     def infer(self, x: TensorType, gate: TensorType) -> TensorType:
         floating("x", x)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,6 +39,13 @@ class QKVNormRope(Fused):
     ) -> Inferred:
         return self.types(projected, q_weight, k_weight, cos, sin)
 
+    def factors(self, *types: TensorType) -> str:
+        gate, out = ("h r d!|", ", b s (h r d!)") if self.gated else ("", "")
+        return f"b s (h r d!|{gate}h d!|h d!), d!, d!, b s f!, b s f! -> b s (h r) d!, b s h d!, b s h d!{out}"
+
+    def resized(self, q: TensorType, k: TensorType, *rest: TensorType) -> QKVNormRope:
+        return replace(self, heads=q.static_shape()[2], kv_heads=k.static_shape()[2])
+
     def sizes(self, width: int) -> tuple[int, ...]:
         """The parts of ``projected`` for heads of ``width``."""
         q, kv = self.heads * width, self.kv_heads * width
@@ -55,7 +63,7 @@ class QKVNormRope(Fused):
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:
-        batch, seq, kv_heads, repeats = draw.integer(1, 3), draw.size(), draw.integer(1, 3), draw.integer(1, 3)
+        batch, seq, kv_heads, repeats = draw.integer(1, 3), draw.size(), draw.integer(1, 4), draw.integer(1, 3)
         half, lifted = draw.size(7), draw.choice(False, True)
         width = 2 * half + draw.choice(0, 1, 6)
         op = cls(kv_heads * repeats, kv_heads, draw.choice(1e-6, 1e-2), gated=draw.choice(True, False), zero_centred=lifted)
@@ -80,6 +88,10 @@ class GatedAttention(Fused):
     outputs: ClassVar[tuple[str, ...]] = ("out", "new_key_cache", "new_value_cache")
     updates: ClassVar[dict[str, int]] = {"key_cache": 1, "value_cache": 2}
     appends: ClassVar[dict[str, int]] = {"key_cache": 2, "value_cache": 2}
+    sharding: ClassVar[str] = (
+        "b s! (h r) d!, b s! h d!, b s! h v, b s! (h r v), b h past! d!, b h past! v, b all! "
+        "-> b s! (h r v), b h all! d!, b h all! v"
+    )
     laws: ClassVar[tuple[Any, ...]] = (
         Streaming(("q", "k", "v", "gate"), prefix=("valid",)),
         PermutationEquivariant(("q", "k", "v", "gate", "key_cache", "value_cache", "valid")),
@@ -107,7 +119,7 @@ class GatedAttention(Fused):
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         batch, past, seq = draw.integer(1, 3), draw.choice(0, 1, 7, 64), draw.choice(1, 2, 3, 13, 65)
-        heads, repeats, width = draw.integer(1, 3), draw.integer(1, 3), draw.size(17)
+        heads, repeats, width = draw.integer(1, 4), draw.integer(1, 3), draw.size(17)
         arrays: list[Array] = [
             draw.normal(batch, seq, heads * repeats, width),
             draw.normal(batch, seq, heads, width),

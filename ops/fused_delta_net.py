@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from deltaloom.graph.op import Case, Draw, Inferred
@@ -19,6 +20,10 @@ class GatedDeltaNet(Fused):
     name: ClassVar[str] = "gated_delta_net"
     outputs: ClassVar[tuple[str, ...]] = ("out", "new_conv", "new_delta")
     updates: ClassVar[dict[str, int]] = {"conv": 1, "delta": 2}
+    sharding: ClassVar[str] = (
+        "b s! (h k!|h k!|h r v!|h r v!|h r|h r), (h k!|h k!|h r v!) 1 taps!, (h r), (h r), v!, "
+        "b (h k!|h k!|h r v!) w!, b (h r) k! v! -> b s! (h r v!), b (h k!|h k!|h r v!) w!, b (h r) k! v!"
+    )
     laws: ClassVar[tuple[Any, ...]] = (Streaming(("projected",)), PermutationEquivariant(("projected", "conv", "delta")))
     key_heads: int
     value_heads: int
@@ -39,6 +44,12 @@ class GatedDeltaNet(Fused):
         delta: TensorType,
     ) -> Inferred:
         return self.types(projected, conv_weight, a_log, dt_bias, norm_weight, conv, delta)
+
+    def resized(self, out: TensorType, conv: TensorType, delta: TensorType) -> GatedDeltaNet:
+        value_heads, channels = delta.shape[1], conv.shape[1]
+        assert isinstance(value_heads, int) and isinstance(channels, int)
+        key_heads = (channels - value_heads * self.value_dim) // (2 * self.key_dim)
+        return replace(self, key_heads=key_heads, value_heads=value_heads)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -66,7 +77,7 @@ class GatedDeltaNet(Fused):
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         batch, seq, taps = draw.integer(1, 3), draw.choice(1, 2, 3, 17, 65), draw.choice(4, 2, 1)
-        key_heads, repeats = draw.integer(1, 3), draw.integer(1, 3)
+        key_heads, repeats = draw.integer(1, 4), draw.integer(1, 3)
         key_dim, value_dim, value_heads = draw.size(17), draw.size(17), key_heads * repeats
         op = cls(key_heads, value_heads, key_dim, value_dim, scale=draw.choice(key_dim**-0.5, 1.0), eps=draw.choice(1e-6, 1e-2))
         channels = 2 * key_heads * key_dim + value_heads * value_dim

@@ -20,6 +20,7 @@ class GatedRouter(Fused):
 
     name: ClassVar[str] = "gated_router"
     outputs: ClassVar[tuple[str, ...]] = ("weights", "ids", "gate")
+    sharding: ClassVar[str] = "b s e! -> b s k!, b s k!, b s 1"
     laws: ClassVar[tuple[Any, ...]] = (PermutationEquivariant(("logits",)),)
     k: int
     normalize: bool
@@ -51,6 +52,7 @@ class SharedMoE(Fused):
     first; shared_down [H, S]."""
 
     name: ClassVar[str] = "shared_moe"
+    sharding: ClassVar[str] = "b s h!, b s k!, b s k!, b s 1, e! (2 i) h!, +e! h! i, (2 j) h!, +h! j -> b s h!"
     laws: ClassVar[tuple[Any, ...]] = (PermutationEquivariant(("x", "weights", "ids", "gate")),)
 
     def infer(

@@ -19,6 +19,7 @@ class AddRMSNorm(Fused):
 
     name: ClassVar[str] = "add_rms_norm"
     outputs: ClassVar[tuple[str, ...]] = ("sum", "out")
+    sharding: ClassVar[str] = "... d!, ... d!, d! -> ... d!, ... d!"
     laws: ClassVar[tuple[Any, ...]] = (PermutationEquivariant(("x", "delta")),)
     eps: float
     zero_centred: bool = False
@@ -43,6 +44,7 @@ class PackedSwiglu(Fused):
     """silu(gate) * up of both = [gate | up] along the last axis, which has an even size."""
 
     name: ClassVar[str] = "packed_swiglu"
+    sharding: ClassVar[str] = "... (2 f) -> ... f"
     laws: ClassVar[tuple[Any, ...]] = (PermutationEquivariant(("both",)),)
 
     def infer(self, both: TensorType) -> Inferred:

@@ -7,36 +7,40 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
+from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import TensorType
 from deltaloom.ops.precision import wide
+from deltaloom.ops.quantized import draw_quantised, is_weight, plain, plain_tensor
 from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
 class Linear(Op):
-    """y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o], summed in float32 and rounded once to the dtype of x."""
+    """y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o], summed in float32 and rounded once to the dtype of x.
+
+    A quantised weight means what ``dequantize`` makes of it in the dtype of x."""
 
     name: ClassVar[str] = "linear"
-    sharding: ClassVar[str] = "... i, o i, +o -> ... o"
+    sharding: ClassVar[str] = "+... i, o i, +o -> ... o"
 
     def infer(self, x: TensorType, weight: TensorType, bias: TensorType | None = None) -> TensorType:
         dtype = floating("x", x)
         axes = Axes()
         axes.bind("x", x, "... in")
         axes.bind("weight", weight, "out in")
-        has_dtype("weight", weight, dtype, "as x")
+        is_weight("weight", weight, dtype)
         if bias is not None:
             axes.bind("bias", bias, "out")
             has_dtype("bias", bias, dtype, "as x")
         return x.with_shape(*x.shape[:-1], axes["out"])
 
-    def reference(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        y = wide(x) @ wide(weight).T
+    def reference(self, x: Array, weight: Array | QuantizedArray, bias: Array | None = None) -> Array:
+        y = wide(x) @ wide(plain(weight, x.dtype)).T
         if bias is not None:
             y = y + wide(bias)
         return y.astype(x.dtype)
 
     def torch(self, torch: Any, x: Any, weight: Any, bias: Any = None) -> Any:
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, plain_tensor(torch, weight, x.dtype), bias)
 
     def cost(self, x: TensorType, weight: TensorType, bias: TensorType | None = None) -> Cost:
         given = (x, weight) if bias is None else (x, weight, bias)
@@ -47,5 +51,6 @@ class Linear(Op):
         lead = tuple(draw.size(5) for _ in range(draw.integer(0, 2)))
         out, width = draw.size(), draw.size(70)
         weight = draw.normal(out, width) / np.sqrt(width)
-        arrays = (draw.normal(*lead, width), weight)
+        stored = draw_quantised(draw, weight) if draw.choice(False, False, True) else weight
+        arrays = (draw.normal(*lead, width), stored)
         return Case(cls(), draw.choice(arrays, (*arrays, draw.normal(out))))

@@ -8,10 +8,12 @@ import numpy as np
 
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
+from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import TensorType, i32
 from deltaloom.ops import precision
 from deltaloom.ops.laws import PermutationEquivariant
 from deltaloom.ops.precision import wide, wide_tensor
+from deltaloom.ops.quantized import draw_quantised, is_weight, plain, plain_tensor
 from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
@@ -71,7 +73,8 @@ class RouterTopK(Op):
 class MoEExperts(Op):
     """y = sum_j weights_j * down[e] swiglu(gate_up[e] x) with e = ids_j; in the model dtype, the sum in float32.
 
-    x [batch, seq, H]; weights, ids [batch, seq, k]; gate_up [E, 2 I, H] (gate rows, then up rows); down [E, H, I]."""
+    x [batch, seq, H]; weights, ids [batch, seq, k]; gate_up [E, 2 I, H] (gate rows, then up rows); down [E, H, I]. Quantised
+    experts mean what ``dequantize`` makes of them in the dtype of x."""
 
     name: ClassVar[str] = "moe_experts"
     sharding: ClassVar[str] = "b s h!, b s k!, b s k!, e! (2 i) h!, e! h! i -> b s h!"
@@ -90,11 +93,15 @@ class MoEExperts(Op):
         fits = axes["2*intermediate"] == 2 * axes.number("intermediate")
         require(fits, f"gate_up {gate_up} should have twice as many rows an expert as down {down} has columns")
         has_dtype("ids", ids, i32, "for expert ids")
-        for name, type_ in (("weights", weights), ("gate_up", gate_up), ("down", down)):
-            has_dtype(name, type_, dtype, "as x")
+        has_dtype("weights", weights, dtype, "as x")
+        is_weight("gate_up", gate_up, dtype)
+        is_weight("down", down, dtype)
         return x
 
-    def reference(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
+    def reference(
+        self, x: Array, weights: Array, ids: Array, gate_up: Array | QuantizedArray, down: Array | QuantizedArray
+    ) -> Array:
+        gate_up, down = plain(gate_up, x.dtype), plain(down, x.dtype)
         y = np.zeros(x.shape, wide(x).dtype)
         for expert in np.unique(ids):
             batch, seq, rank = np.nonzero(ids == expert)
@@ -106,6 +113,7 @@ class MoEExperts(Op):
         return y.astype(x.dtype)
 
     def torch(self, torch: Any, x: Any, weights: Any, ids: Any, gate_up: Any, down: Any) -> Any:
+        gate_up, down = plain_tensor(torch, gate_up, x.dtype), plain_tensor(torch, down, x.dtype)
         rows = x.flatten(0, 1)
         y = wide_tensor(torch, torch.zeros_like(rows))
         for expert in range(gate_up.shape[0]):
@@ -131,4 +139,5 @@ class MoEExperts(Op):
         gate_up = draw.normal(experts, 2 * inner, hidden) / np.sqrt(hidden)
         down = draw.normal(experts, hidden, inner) / np.sqrt(inner)
         x, weights = draw.normal(batch, seq, hidden), draw.uniform(0.0, 1.0, batch, seq, k)
-        return Case(cls(), (x, weights, ids.astype(np.int32), gate_up, down))
+        stored = [draw_quantised(draw, w) if draw.choice(False, False, True) else w for w in (gate_up, down)]
+        return Case(cls(), (x, weights, ids.astype(np.int32), *stored))

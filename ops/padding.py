@@ -17,7 +17,7 @@ class MaskPadding(Op):
     """x[b, t] where the last seq columns of valid [batch, past + seq] hold at (b, t), else 0."""
 
     name: ClassVar[str] = "mask_padding"
-    sharding: ClassVar[str] = "b s! ..., b all! -> b s! ..."
+    sharding: ClassVar[str] = "+b s! ..., b all! -> b s! ..."
     laws: ClassVar[tuple[Any, ...]] = (
         Streaming(("x",), prefix=("valid",)),
         PermutationEquivariant(("x", "valid")),

@@ -10,7 +10,7 @@ class Transfer(Op):
     """y = x, on another backend; the transfers pass puts it where a value crosses a border."""
 
     name: ClassVar[str] = "transfer"
-    sharding: ClassVar[str | None] = "... -> ..."
+    sharding: ClassVar[str | None] = "+... -> ..."
     source: str
     target: str
 

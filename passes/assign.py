@@ -26,6 +26,7 @@ class Assign(Pass):
     name = "assign"
     requires = ("lifted",)
     establishes = ("assigned",)
+    given = ("layouts",)
     layouts: Mapping[LayoutKey, tuple[int, ...]] = field(default_factory=dict)
 
     def run(self, graph: Graph, ctx: Context) -> Graph:

@@ -3,6 +3,9 @@
 Every region is one function ``region(inputs…, weights, fixed, append) -> (outputs, new fixed states)``; the top level is one more
 that takes ``weights``, ``fixed`` and ``append`` as dictionaries by call prefix and leaves new fixed states in ``fixed``. Runs of
 nodes for a backend that compiles (``torch.compile``) become functions of their own, which that backend finishes.
+
+A program whose memory is planned (passes/memory.py) takes ``buffers`` as one more argument: for every call prefix a tuple with one
+entry for each ``out=`` and ``scratch=`` of the function, in order. Where an entry is None, the kernel allocates.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from deltaloom.graph.ir import Call, Graph, Node, Value
 from deltaloom.graph.naming import free_name
 from deltaloom.graph.types import TensorType
 from deltaloom.passes.emit_names import Names, identifier
+from deltaloom.passes.memory import Kind, MemoryNeeds, MemoryPlan, Slot, buffered_kernels, memory_needs, plan_memory
+from deltaloom.passes.memory_check import check_plan
 from deltaloom.passes.pipeline import Context
 from deltaloom.passes.segment import TRANSFER, runs
 
@@ -47,24 +52,46 @@ class Signature:
     weights: tuple[WeightSlot, ...]
     fixed: tuple[StateSlot, ...]
     append: tuple[StateSlot, ...]
+    buffers: tuple[Slot, ...] = ()
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program: ``run(*inputs, weights, fixed, append)`` gives the outputs as a tuple in the order of ``outputs``."""
+    """A compiled program: ``run(*inputs, weights, fixed, append)`` gives the outputs as a tuple in the order of ``outputs``. Where
+    ``memory`` is not None, ``run`` takes ``buffers`` too."""
 
     graph: Graph
     source: str
     run: Callable[..., tuple[Any, ...]]
     outputs: tuple[str, ...]
     signatures: Mapping[str, Signature]
+    memory: MemoryNeeds | None = None
+
+    def function(self, graph: Graph) -> str:
+        """The name of the top level ("") or a region in ``signatures``, ``memory`` and its plans."""
+        return "" if graph is self.graph else graph.name
+
+    def by_prefix(self) -> dict[str, Signature]:
+        """The signature of the function that runs under each call prefix."""
+        return {instance.prefix: self.signatures[self.function(instance.graph)] for instance in self.graph.instances()}
+
+    def plan(self, sizes: Mapping[str, int]) -> MemoryPlan:
+        """The checked memory plan for ``sizes``: ``batch``, and ``past``, the entries that append states have room for.
+        ``CompileError`` if the check fails, or for a program that takes no buffers."""
+        if self.memory is None:
+            raise CompileError(f"program '{self.graph.name}' takes no buffers, so there is no memory to plan")
+        plan = plan_memory(self.memory, sizes)
+        check_plan(self.memory, plan)
+        return plan
 
 
 def emit(graph: Graph, ctx: Context, title: str) -> Program:
     """Source and function of a placed, segmented program. Raises ``CompileError`` for a node without placement."""
     names = Names()
-    signatures = {name: signature(region, ctx) for name, region in graph.regions.items()}
-    signatures[""] = signature(graph, ctx)
+    names.reserve(graph, ctx)
+    memory = memory_needs(graph, buffered_kernels(ctx.backends[0]))
+    signatures = {name: signature(region, ctx, memory, name) for name, region in graph.regions.items()}
+    signatures[""] = signature(graph, ctx, memory)
     bodies: list[str] = []
     finished: list[tuple[str, str]] = []
     for name, region in graph.regions.items():
@@ -77,7 +104,7 @@ def emit(graph: Graph, ctx: Context, title: str) -> Program:
         space[function] = ctx.backend(backend).finish(space[function], function)
     run = space[names.function(graph.name)]
     outputs = tuple(name for name, _ in graph.outputs)
-    return Program(graph, source, run, outputs, signatures)
+    return Program(graph, source, run, outputs, signatures, memory)
 
 
 def _execute(bodies: Sequence[str], names: Names, file: str, source: str, *, skip: int) -> dict[str, Any]:
@@ -88,8 +115,9 @@ def _execute(bodies: Sequence[str], names: Names, file: str, source: str, *, ski
     return space
 
 
-def signature(graph: Graph, ctx: Context) -> Signature:
-    """Weights and states of a graph's function: by first use, each once for every backend and layout that reads it."""
+def signature(graph: Graph, ctx: Context, memory: MemoryNeeds | None = None, name: str = "") -> Signature:
+    """Weights and states of a graph's function: by first use, each once for every backend and layout that reads it; and what its
+    part ``name`` of the planned memory has for it."""
     weights: dict[WeightSlot, None] = {}
     owners: dict[Value, str] = {}
     for node in graph.nodes:
@@ -105,17 +133,21 @@ def signature(graph: Graph, ctx: Context) -> Signature:
     home = ctx.backends[0].name
     slots = [StateSlot(s.name, s.value.type, owners.get(s.value, home), s.append_axis) for s in graph.states]
     fixed = tuple(slot for slot in slots if slot.append_axis is None)
-    return Signature(tuple(weights), fixed, tuple(slot for slot in slots if slot.append_axis is not None))
+    buffers = () if memory is None else memory.parts[name].slots
+    return Signature(tuple(weights), fixed, tuple(slot for slot in slots if slot.append_axis is not None), buffers)
 
 
 class _Body:
     """The lines of one function and the Python names of the values in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Names, arguments: Sequence[str] = ()) -> None:
+        """``arguments``: what the function takes besides its inputs."""
         self.lines: list[str] = []
         self.local: dict[Value, str] = {}
+        self.arguments = tuple(arguments)
         self._weights: dict[WeightSlot, str] = {}
-        self._taken: set[str] = {"weights", "fixed", "append"}
+        self._buffers: dict[tuple[str, Kind], str] = {}
+        self._taken: set[str] = names.taken.union(arguments)
 
     def name(self, value: Value) -> str:
         """The Python name of a value, after the value's own."""
@@ -128,6 +160,17 @@ class _Body:
         if slot not in self._weights:
             self._weights[slot] = self._unique(identifier(f"w_{slot.value.name}"))
         return self._weights[slot]
+
+    def new_buffers(self, slot: Slot) -> str:
+        """The Python name of the buffers of one kernel call, after the node."""
+        name = self._unique(identifier(f"{'m' if slot.kind == 'out' else 's'}_{slot.node}"))
+        self._buffers[slot.node, slot.kind] = name
+        return name
+
+    def buffers(self, node: Node) -> list[str]:
+        """The keyword arguments with which the kernel of ``node`` gets its buffers."""
+        kinds: tuple[Kind, ...] = ("out", "scratch")
+        return [f"{kind}={self._buffers[node.name, kind]}" for kind in kinds if (node.name, kind) in self._buffers]
 
     def _unique(self, base: str) -> str:
         found = free_name(base, self._taken)
@@ -149,7 +192,8 @@ def _function(
     top: bool,
 ) -> list[str]:
     """The lines of the function of one graph, after those of the segment functions that it calls."""
-    body = _Body()
+    planned = any(one.buffers for one in signatures.values())
+    body = _Body(names, ("weights", "fixed", "append", *(("buffers",) if planned else ())))
     for value in graph.inputs:
         body.name(value)
     own = '[""]' if top else ""
@@ -157,11 +201,12 @@ def _function(
     states = {s.name: s.value for s in graph.states}
     _unpack(body, [body.name(states[slot.name]) for slot in signature.fixed], f"fixed{own}")
     _unpack(body, [body.name(states[slot.name]) for slot in signature.append], f"append{own}")
+    _unpack(body, [body.new_buffers(slot) for slot in signature.buffers], f"buffers{own}")
     before: list[str] = []
     scope = ""
     for number, (backend, nodes) in enumerate(runs(graph)):
         if backend is not None and ctx.backend(backend).compiles:
-            title = names.function(f"{graph.name}_{number}")
+            title = names.segment(graph, number)
             finished.append((title, backend))
             before += _segment(title, graph, nodes, body, names, ctx)
             continue
@@ -179,18 +224,16 @@ def _function(
         body.add(f"return {results}")
     else:
         body.add(f"return {results}, {_tuple(new_fixed)}")
-    arguments = ", ".join([*(body.local[value] for value in graph.inputs), "weights", "fixed", "append"])
+    arguments = ", ".join([*(body.local[value] for value in graph.inputs), *body.arguments])
     return [*before, "", f"def {names.function(graph.name)}({arguments}):", *body.lines, ""]
 
 
-def _node(
-    body: _Body, node: Node, graph: Graph, signatures: Mapping[str, Signature], names: Names, ctx: Context
-) -> None:
+def _node(body: _Body, node: Node, graph: Graph, signatures: Mapping[str, Signature], names: Names, ctx: Context) -> None:
     """One line for one node."""
     if isinstance(node.op, Call):
         prefix, region = node.op.prefix, node.op.region
         arguments = [body.name(v) for v in node.inputs]
-        arguments += [f"{kind}[{prefix!r}]" for kind in ("weights", "fixed", "append")]
+        arguments += [f"{kind}[{prefix!r}]" for kind in body.arguments]
         target = f"{_tuple([body.name(v) for v in node.outputs])}, fixed[{prefix!r}]"
         body.add(f"{target} = {names.function(region)}({', '.join(arguments)})")
     elif node.op.name == TRANSFER:
@@ -212,7 +255,7 @@ def _kernel_call(body: _Body, node: Node, names: Names, ctx: Context) -> str:
             arguments.append(body.weight(WeightSlot(value, node.placement.backend, layouts.get(position, ()))))
         else:
             arguments.append(body.name(value))
-    return f"{names.kernel(node, ctx)}({', '.join(arguments)})"
+    return f"{names.kernel(node, ctx)}({', '.join([*arguments, *body.buffers(node)])})"
 
 
 def _returned(node: Node, graph: Graph) -> list[Value]:
@@ -228,7 +271,7 @@ def _returned(node: Node, graph: Graph) -> list[Value]:
 
 def _segment(title: str, graph: Graph, nodes: Sequence[Node], outer: _Body, names: Names, ctx: Context) -> list[str]:
     """A function for a run of nodes of one compiling backend, and its call in ``outer``."""
-    inner = _Body()
+    inner = _Body(names)
     inputs: dict[str, str] = {}
     made: set[Value] = set()
     for node in nodes:

@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltaloom.graph.ir import Node
+from deltaloom.graph.ir import Graph, Node
 from deltaloom.graph.op import Op
 from deltaloom.passes.kernel import find_kernel
 from deltaloom.passes.pipeline import Context
+from deltaloom.passes.segment import TRANSFER
 
 
 @dataclass
@@ -20,10 +21,15 @@ class Names:
     values: dict[str, Any] = field(default_factory=dict)
     ops: dict[Op, str] = field(default_factory=dict)
     kernels: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
 
     def function(self, name: str) -> str:
         """The function of a graph, a region or a segment."""
         return identifier(name)
+
+    def segment(self, graph: Graph, number: int) -> str:
+        """The function of the ``number``-th run of nodes of a graph."""
+        return self.function(f"{graph.name}_{number}")
 
     def op(self, op: Op) -> str:
         """An op with its attributes."""
@@ -48,6 +54,16 @@ class Names:
         """A backend that a transfer speaks to."""
         self.values[name] = ctx.backend(name)
         return name
+
+    def reserve(self, graph: Graph, ctx: Context) -> None:
+        """Name whatever the functions of a placed program will use, so that no value in them gets the same name."""
+        for body in (*graph.regions.values(), graph):
+            self.taken.update([self.function(body.name), *(self.segment(body, number) for number in range(len(body.nodes)))])
+            for node in body.nodes:
+                if node.placement is not None and node.op.name != TRANSFER:
+                    self.op(node.op)
+                    self.kernel(node, ctx)
+        self.taken.update(self.values, (backend.name for backend in ctx.backends))
 
     def header(self, program: str, ctx: Context) -> list[str]:
         """The lines that define these names when the source stands alone."""

@@ -7,14 +7,16 @@ output. A weight comes in the axis order that the registration ``wants``.
 
 Memory. A kernel registered with ``into`` takes ``out=``: a buffer for its output, or a tuple of them where it has several (states
 are no outputs here), each with any content; it writes there and returns them. One registered with ``scratch`` takes ``scratch=``: a
-tuple of buffers of the types that ``scratch(node)`` asked for, with any content. Without these arguments it allocates.
+tuple of buffers of the types that ``scratch(node)`` asked for, with any content; where a type has the size ``past``, they are as
+long as the append state's buffer has room for. Without these arguments it allocates. What any kernel returns as the new value of a
+fixed state shares memory with the old value at most, never with another input, ``out`` or ``scratch``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from deltaloom.graph.dims import Dim
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.ir import Node
 from deltaloom.graph.quantized import QuantizedArray
-from deltaloom.graph.types import DType, TensorType
+from deltaloom.graph.types import DType, QuantType, TensorType
 
 Tensor = Any
 """A backend's own tensor; only its backend looks inside."""
@@ -47,7 +49,7 @@ class Appended(NamedTuple):
 @dataclass(frozen=True)
 class Kernel:
     """A function that runs one op on one backend. ``wants``: input name -> axis order of that weight (a parameter); ``into`` and
-    ``scratch``: see "Memory" above."""
+    ``scratch``: see "Memory" above; ``quantised``: whether inputs may be of quantised types."""
 
     op: str
     backend: str
@@ -57,6 +59,7 @@ class Kernel:
     title: str = ""
     into: bool = False
     scratch: Scratch | None = None
+    quantised: bool = False
 
     @property
     def name(self) -> str:
@@ -65,6 +68,9 @@ class Kernel:
 
     def refusal(self, node: Node) -> str | None:
         """The first reason why this kernel cannot run ``node``, or None."""
+        strange = [value for value in node.inputs if isinstance(value.type.dtype, QuantType)]
+        if strange and not self.quantised:
+            return f"{strange[0]} is {strange[0].type.dtype}, and this kernel takes plain weights"
         for guard in self.when:
             if (reason := guard(node)) is not None:
                 return reason
@@ -91,11 +97,14 @@ class KernelTable:
         wants: Mapping[str, tuple[int, ...]] | None = None,
         into: bool = False,
         scratch: Scratch | None = None,
+        quantised: bool = False,
     ) -> Callable[[F], F]:
         """Register the decorated function for ``op``; those registered first are preferred."""
 
         def register(run: F) -> F:
-            self.kernels.append(Kernel(op, self.backend, run, tuple(when), dict(wants or {}), into=into, scratch=scratch))
+            orders = dict(wants or {})
+            made = Kernel(op, self.backend, run, tuple(when), orders, into=into, scratch=scratch, quantised=quantised)
+            self.kernels.append(made)
             return run
 
         return register
@@ -129,6 +138,17 @@ class Backend(Protocol):
 
     def finish(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """Make an emitted region or segment function ready to run (torch.compile, for example)."""
+
+
+@runtime_checkable
+class PlansMemory(Protocol):
+    """A backend whose kernels can be given buffers: parts of one block of memory, the arena."""
+
+    def arena(self, nbytes: int) -> Tensor:
+        """A block of memory that starts at a multiple of 64 bytes."""
+
+    def part(self, arena: Tensor, offset: int, shape: Sequence[int], dtype: DType) -> Tensor:
+        """The tensor at ``offset`` bytes of an arena, as a view."""
 
 
 def find_kernel(backend: Backend, op: str, name: str) -> Callable[..., Any]:
@@ -167,11 +187,31 @@ def dtype_in(name: str, *dtypes: DType) -> Guard:
     return guard
 
 
+def absent(name: str) -> Guard:
+    """An optional input must not be given."""
+
+    def guard(node: Node) -> str | None:
+        return f"{name} is given" if node.op.input_names().index(name) < len(node.inputs) else None
+
+    return guard
+
+
 def is_param(name: str) -> Guard:
     """An input must be a weight, so that its layout can be chosen."""
 
     def guard(node: Node) -> str | None:
         value = node.inputs[node.op.input_names().index(name)]
         return None if value.kind == "param" else f"{name} is %{value.name}, which is computed, not a weight"
+
+    return guard
+
+
+def is_quantised(*names: str) -> Guard:
+    """At least one of these inputs must be of a quantised type."""
+
+    def guard(node: Node) -> str | None:
+        found = [input_type(node, name).dtype for name in names]
+        some = any(isinstance(dtype, QuantType) for dtype in found)
+        return None if some else f"{' and '.join(names)}: {found[0]} is not quantised"
 
     return guard

@@ -16,6 +16,7 @@ class LiftWeights(Pass):
     name = "lift_weights"
     requires = ("canonical",)
     establishes = ("lifted",)
+    excludes = ("lifted",)
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         return self.each(graph, ctx)
@@ -35,9 +36,10 @@ class LiftWeights(Pass):
         made = {value: replace(value, kind="param") for value in border}
         swap = {value: made.get(value, value) for value in used}
         needed = _needed(lifted, border)
+        read = {value for node in needed for value in node.inputs}.union(border)
         weights = Graph(
             f"{graph.name}.weights",
-            params=tuple(p for p in graph.params if p in border or any(p in n.inputs for n in needed)),
+            params=tuple(p for p in graph.params if p in read),
             nodes=tuple(needed),
             outputs=tuple((value.name, value) for value in border),
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from deltaloom.graph.errors import CompileError, DeltaloomError
 from deltaloom.graph.ir import Graph
@@ -15,14 +15,47 @@ from deltaloom.graph.text import print_graph
 from deltaloom.graph.verify import verify
 from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.kernel import Backend
+from deltaloom.passes.table import check_order
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a rule did at a node, or why it did nothing there. A *near miss* is a node of the op that the rule begins with."""
+
+    kind: Literal["hit", "refused", "near miss", "out of fuel"]
+    rule: str
+    graph: str
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.rule} at {self.node} of '{self.graph}': {self.reason}"
+
+
+@dataclass
+class Fuel:
+    """How many rewrites are left; None: any number. To find the one that breaks a program, halve it."""
+
+    left: int | None = None
+
+    def burn(self) -> bool:
+        """Take one; False when there is none."""
+        if self.left is not None:
+            if self.left <= 0:
+                return False
+            self.left -= 1
+        return True
 
 
 @dataclass(frozen=True)
 class Context:
-    """What passes may use: the configuration and the backends it names, in order."""
+    """What passes may use: the configuration and the backends it names, in order. ``events`` is where a pass notes what it did;
+    the pipeline puts it into the pass's ledger row; ``fuel`` is shared by all passes that rewrite."""
 
     config: CompileConfig = field(default_factory=CompileConfig)
     backends: tuple[Backend, ...] = ()
+    events: list[Event] = field(default_factory=list, compare=False, repr=False)
+    fuel: Fuel = field(default_factory=Fuel, compare=False, repr=False)
 
     def backend(self, name: str) -> Backend:
         """The backend called ``name``."""
@@ -39,6 +72,15 @@ class Pass:
     name: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
     establishes: ClassVar[tuple[str, ...]] = ()
+    excludes: ClassVar[tuple[str, ...]] = ()
+    """Properties that must not hold yet: the pass has to run before what establishes them."""
+    given: ClassVar[tuple[str, ...]] = ()
+    """Fields that the driver fills: facts about a program or of the configuration, which are no options of a pipeline's step."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether these options ask for nothing, so that the pass can be left out."""
+        return False
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         """The new graph; the given one stays as it is."""
@@ -56,12 +98,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """What one pass did: nodes of each body before and after, and its time."""
+    """What one pass did: nodes of each body before and after, its time, and what it noted."""
 
     name: str
     before: dict[str, int]
     after: dict[str, int]
     seconds: float
+    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,33 +127,21 @@ def run_pipeline(
     for step in passes:
         start = time.perf_counter()
         before = graph
+        events: list[Event] = []
         try:
-            graph = step.run(before, ctx)
+            graph = step.run(before, replace(ctx, events=events))
             verify(graph, after=step.name)
         except DeltaloomError as error:
             folder = _repro(before, step, ctx.config)
             saved = f"; its input is in {folder}" if folder else ""
             error.add_note(f"in pass '{step.name}' on graph '{before.name}'{saved}")
             raise
-        ledger.append(LedgerRow(step.name, node_counts(before), node_counts(graph), time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        ledger.append(LedgerRow(step.name, node_counts(before), node_counts(graph), seconds, tuple(events)))
         properties = properties.union(step.establishes)
         if ctx.config.dump and graph != before:
             _dump(graph, f"{title}-{len(ledger):02d}-{step.name}", Path(ctx.config.dump))
     return Compiled(graph, properties, tuple(ledger))
-
-
-def check_order(passes: Sequence[Pass], properties: frozenset[str]) -> None:
-    """Refuse an order in which a pass runs before what it requires."""
-    known = set(properties)
-    for position, step in enumerate(passes):
-        missing = [name for name in step.requires if name not in known]
-        if missing:
-            ran = ", ".join(p.name for p in passes[:position]) or "none"
-            makers = [p.name for p in passes if missing[0] in p.establishes]
-            hint = f"; run {makers[0]} before it" if makers else ""
-            found = f"pass '{step.name}' requires '{missing[0]}', which no earlier pass establishes (ran: {ran})"
-            raise CompileError(found + hint)
-        known.update(step.establishes)
 
 
 def node_counts(graph: Graph) -> dict[str, int]:
@@ -135,12 +166,26 @@ def _repro(graph: Graph, step: Pass, config: CompileConfig) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "graph.txt").write_text(print_graph(graph), encoding="utf-8")
         (folder / "graph.json").write_text(to_json(graph), encoding="utf-8")
-        module, name = type(step).__module__, type(step).__qualname__
-        script = _SCRIPT.format(module=module, name=name, step=step, config=replace(config, dump=None))
+        imports = "\n".join(sorted(set(_imports(step))))
+        script = _SCRIPT.format(imports=imports, step=step, config=replace(config, dump=None))
         (folder / "run.py").write_text(script, encoding="utf-8")
     except OSError:
         return None
     return folder
+
+
+def _imports(value: object) -> Iterator[str]:
+    """What a script has to import where ``value`` stands in it as its representation."""
+    if is_dataclass(value) and not isinstance(value, type):
+        yield f"from {type(value).__module__} import {type(value).__qualname__}"
+        for field_ in fields(value):
+            yield from _imports(getattr(value, field_.name))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _imports(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _imports(item)
 
 
 _SCRIPT = '''"""Run the failing pass again on its saved input."""
@@ -151,7 +196,7 @@ from deltaloom.backends import backend
 from deltaloom.graph.serialize import from_json
 from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.pipeline import Context, run_pipeline
-from {module} import {name}
+{imports}
 
 config = {config!r}
 backends = tuple(backend(name, device=config.device, threads=config.threads) for name in config.backends)

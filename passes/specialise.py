@@ -15,6 +15,8 @@ class SelectOutputs(Pass):
     """Keep the outputs named and drop what only others need."""
 
     name = "select_outputs"
+    establishes = ("selected",)
+    given = ("outputs",)
     outputs: tuple[str, ...] = ()
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
@@ -24,11 +26,16 @@ class SelectOutputs(Pass):
 
 @dataclass(frozen=True)
 class AssumeUnpadded(Pass):
-    """Drop the ``valid`` input for programs whose rows have no padding: masking by it is the identity then."""
+    """Drop the ``valid`` input for programs whose rows have no padding (not ``padded``): masking by it is the identity then."""
 
     name = "assume_unpadded"
+    establishes = ("padding_decided",)
+    given = ("padded",)
+    padded: bool = False
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
+        if self.padded:
+            return graph
         regions = {name: _without_valid(region) for name, region in graph.regions.items()}
         return dead_code_elimination(_without_valid(replace(graph, regions=regions)))
 
@@ -39,6 +46,7 @@ class Specialise(Pass):
 
     name = "specialise"
     establishes = ("specialised",)
+    given = ("seq",)
     seq: int | None = None
 
     def run(self, graph: Graph, ctx: Context) -> Graph:

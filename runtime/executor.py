@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from deltaloom.graph.errors import RequestError, require
-from deltaloom.graph.ir import Graph, Value
+from deltaloom.graph.ir import Value
 from deltaloom.graph.op import Array
 from deltaloom.passes.driver import Driver, Variant
-from deltaloom.passes.emit import Program, Signature
+from deltaloom.passes.emit import Program
 from deltaloom.passes.kernel import Tensor
-from deltaloom.passes.pipeline import Context
+from deltaloom.runtime.arena import Arenas
 from deltaloom.runtime.state import ModelState, StateLayout, state_layout
 from deltaloom.runtime.weights import WeightStore
 
@@ -21,16 +21,17 @@ from deltaloom.runtime.weights import WeightStore
 class Executor:
     """Programs, weights and states of one model graph (the main model, or an MTP head)."""
 
-    def __init__(self, graph: Graph, ctx: Context, store: WeightStore, *, planned: tuple[str, ...]) -> None:
-        """``planned``: outputs of the programs that decide weight layouts."""
-        self.name = graph.name
-        self.ctx = ctx
-        self.driver = Driver(graph, ctx, planned=(Variant(False, False, planned), Variant(True, False, planned)))
+    def __init__(self, driver: Driver, store: WeightStore, *, planned: tuple[str, ...]) -> None:
+        """``planned``: outputs of the programs that decided weight layouts."""
+        self.name = driver.name
+        self.ctx = ctx = driver.ctx
+        self.driver = driver
         self._store = store
         self._planned = planned
         self._backends = {backend.name: backend for backend in ctx.backends}
         self._weights: dict[Variant, dict[str, tuple[Tensor, ...]]] = {}
         self._layout: StateLayout | None = None
+        self._arenas = Arenas(ctx.backends[0])
 
     def load(self) -> None:
         """Evaluate every weight of the planned programs now instead of at the first call."""
@@ -40,7 +41,7 @@ class Executor:
     def new_state(self, batch: int) -> ModelState:
         """A state at length 0 for ``batch`` sequences."""
         program = self.driver.program(Variant(True, False, self._planned))
-        return ModelState(batch, _by_prefix(program), self._backends)
+        return ModelState(batch, program.by_prefix(), self._backends)
 
     def program(self, variant: Variant) -> Program:
         """The compiled program of a variant."""
@@ -58,7 +59,8 @@ class Executor:
         self._require_own(state)
         count = next(iter(inputs.values())).shape[1]
         valid = _extend(state, new_valid, count)
-        program, weights = self._bound(Variant(count == 1, valid is not None, outputs))
+        variant = Variant(count == 1, valid is not None, outputs)
+        program, weights = self._bound(variant)
         given: dict[str, Array] = {**inputs}
         given.setdefault("positions", positions(valid, state.batch, state.length, count))
         if valid is not None:
@@ -67,16 +69,25 @@ class Executor:
         arguments = [home.from_host(_as_typed(given[value.name], value)) for value in program.graph.inputs]
         append = state.append(count)
         state.broken = "a call on it failed, was interrupted half-way or is still under way"
-        results = program.run(*arguments, weights, state.fixed, append)
+        results = self._call(variant, program, (*arguments, weights, state.fixed, append), state)
         state.length += count
         state.valid = valid
         state.broken = ""
         return {name: home.to_host(tensor) for name, tensor in zip(program.outputs, results, strict=True)}
 
+    def _call(self, variant: Variant, program: Program, arguments: tuple[Any, ...], state: ModelState) -> tuple[Tensor, ...]:
+        """Run a program, in an arena if it takes buffers. Results never lie in it."""
+        if program.memory is None:
+            return program.run(*arguments)
+        arena = self._arenas.take(program, variant, {"batch": state.batch, "past": state.capacity})
+        results = program.run(*arguments, arena.buffers)
+        self._arenas.give(arena)
+        return results
+
     def _require_own(self, state: ModelState) -> None:
         """Refuse a state whose tensors these programs cannot use: of another model, head, backend or dtype."""
         if self._layout is None:
-            self._layout = state_layout(_by_prefix(self.driver.program(Variant(True, False, self._planned))))
+            self._layout = state_layout(self.driver.program(Variant(True, False, self._planned)).by_prefix())
         if state.layout is self._layout:
             return
         require(
@@ -92,7 +103,7 @@ class Executor:
             self._weights[variant] = {
                 instance.prefix: tuple(
                     self._store.get(self.name, instance.prefix, instance.graph, slot)
-                    for slot in program.signatures[_key(program, instance.graph)].weights
+                    for slot in program.signatures[program.function(instance.graph)].weights
                 )
                 for instance in program.graph.instances()
             }
@@ -102,14 +113,6 @@ class Executor:
 def _as_typed(array: Array, value: Value) -> Array:
     """``array`` in the dtype that the graph input has."""
     return array.astype(value.type.plain_dtype.numpy, copy=False)
-
-
-def _key(program: Program, graph: Graph) -> str:
-    return "" if graph is program.graph else graph.name
-
-
-def _by_prefix(program: Program) -> dict[str, Signature]:
-    return {i.prefix: program.signatures[_key(program, i.graph)] for i in program.graph.instances()}
 
 
 def _extend(state: ModelState, new_valid: Array | None, count: int) -> Array | None:
@@ -125,7 +128,8 @@ def positions(valid: Array | None, batch: int, past: int, count: int) -> Array:
     """int64 ``[batch, count]``: the number of real tokens before each, as the specification (section 5.8) has it."""
     if valid is None:
         return np.broadcast_to(np.arange(past, past + count, dtype=np.int64), (batch, count))
-    found: Array = np.maximum(np.cumsum(valid, axis=1, dtype=np.int64) - 1, 0)[:, -count:]
+    before = valid[:, :-count].sum(axis=1, dtype=np.int64)
+    found: Array = np.maximum(before[:, None] + np.cumsum(valid[:, -count:], axis=1, dtype=np.int64) - 1, 0)
     return found
 
 

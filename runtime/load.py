@@ -6,11 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import deltaloom.ops  # noqa: F401 - puts the built-in ops into the registry
-from deltaloom.backends import backend as make_backend
 from deltaloom.graph.errors import CheckpointError, ConfigError, require
 from deltaloom.graph.ir import Graph
-from deltaloom.graph.registry import ops
 from deltaloom.graph.types import dtype_named
 from deltaloom.models.build import ModelGraphs
 from deltaloom.models.build import build_graph as build_family
@@ -19,10 +16,13 @@ from deltaloom.models.checkpoint import Checkpoint, check_finite
 from deltaloom.models.config import ModelConfig, read_config
 from deltaloom.models.coverage import CoverageReport, coverage
 from deltaloom.models.inventory import checkpoint_tensors
+from deltaloom.models.plans import shard_pass
+from deltaloom.passes.cache import CompileCache, cache_of
 from deltaloom.passes.config import CompileConfig, backend_order
-from deltaloom.passes.driver import Driver, Variant
-from deltaloom.passes.kernel import Backend
+from deltaloom.passes.driver import Driver, plain_variants
 from deltaloom.passes.pipeline import Context
+from deltaloom.passes.quantise_policy import check_matches, parameter_names
+from deltaloom.runtime.compile import context
 from deltaloom.runtime.executor import Executor
 from deltaloom.runtime.model import Model, MtpHead
 from deltaloom.runtime.weights import WeightStore
@@ -52,49 +52,41 @@ def load(
     options = with_overrides(config or CompileConfig(), backend, dtype)
     limit = shape.max_position_embeddings if max_model_len is None else max_model_len
     require(limit >= 1, f"max_model_len is {max_model_len}, expected at least 1", ConfigError)
+    refuse_ranks(options, shape)
+    cache = cache_of(options)
     ctx = context(options, shape)
     checkpoint = Checkpoint.open(folder)
     graphs = build_family(shape, dtype=ctx.backends[0].compute_dtype(ctx.config.dtype), names=checkpoint.names())
+    check_matches(ctx.config.policy, (pair for graph in (graphs.main, graphs.mtp) if graph for pair in parameter_names(graph)))
     check_coverage(shape, graphs, checkpoint).require_complete(f"the checkpoint {folder}")
     check_stored(graphs, checkpoint)
     if check_weights:
         check_finite(checkpoint)
     store = WeightStore(checkpoint, {b.name: b for b in ctx.backends})
-    main = Executor(graphs.main, ctx, store, planned=("last_logits",))
+    main = _executor(graphs.main, ctx, store, ("last_logits",), cache)
     main.load()
-    mtp = Executor(graphs.mtp, ctx, store, planned=("logits", "hidden")) if graphs.mtp else None
+    mtp = _executor(graphs.mtp, ctx, store, ("logits", "hidden"), cache) if graphs.mtp else None
     return Model(shape, ctx, main, MtpHead(mtp, shape) if mtp else None, folder=folder, max_model_len=limit)
+
+
+def _executor(graph: Graph, ctx: Context, store: WeightStore, planned: tuple[str, ...], cache: CompileCache | None) -> Executor:
+    return Executor(Driver(graph, ctx, planned=plain_variants(planned), cache=cache), store, planned=planned)
+
+
+def refuse_ranks(config: CompileConfig, shape: ModelConfig) -> None:
+    """``ConfigError`` for a mesh of more than one rank, with what is wrong with it for this model where something is: one process
+    runs a whole model."""
+    many = dict(shard_pass(shape, config.mesh).mesh)
+    shown = ", ".join(f"{axis}={ranks}" for axis, ranks in many.items())
+    found = f"mesh {shown} divides the model over several ranks, and running more than one rank is not supported yet"
+    hint = "deltaloom.runtime.lockstep simulates all of them in one process; leave mesh out to run the model whole"
+    require(not many, f"{found}; {hint}", ConfigError)
 
 
 def build_graph(model: ModelReference, *, dtype: str = "float32", hf_overrides: Mapping[str, object] | None = None) -> ModelGraphs:
     """The layer graphs of a model from its config.json alone, without weights. ``model``: a folder, config file or bundled name."""
     path = model if str(model).endswith(".json") else model_folder(model)
     return build_family(read_config(path, hf_overrides), dtype=dtype_named(dtype))
-
-
-def compile(graph: Graph, config: CompileConfig | None = None) -> Driver:
-    """The programs of a layer graph: ``compile(graph).program(Variant(decode=True, padded=False, outputs=("logits",)))``."""
-    options = config or CompileConfig()
-    names = tuple(name for name, _ in graph.outputs)
-    return Driver(graph, Context(options, _backends(options)), planned=(Variant(False, False, names), Variant(True, False, names)))
-
-
-def context(config: CompileConfig, shape: ModelConfig) -> Context:
-    """The backends of a configuration, with ``dtype="auto"`` resolved: float32 on a CPU, the checkpoint's on an accelerator."""
-    backends = _backends(config)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if all(one.device == "cpu" for one in backends) else shape.dtype
-    for one in backends:
-        one.compute_dtype(dtype)
-    return Context(replace(config, dtype=dtype), backends)
-
-
-def _backends(config: CompileConfig) -> tuple[Backend, ...]:
-    """The backends of a configuration, in order; ``ConfigError`` for an override of an op that does not exist."""
-    for op in config.kernels:
-        require(op in ops, f"kernels.{op}: there is no op '{op}'; `deltaloom ops` lists them", ConfigError)
-    return tuple(make_backend(name, device=config.device, threads=config.threads) for name in config.backends)
 
 
 def with_overrides(config: CompileConfig, backend: str | Sequence[str] | None, dtype: str | None) -> CompileConfig:

@@ -125,6 +125,11 @@ class ModelState:
         self.valid = None if self.valid is None else self.valid[:, :length]
 
     @property
+    def capacity(self) -> int:
+        """Tokens that the buffers of append states have room for; 0 without any."""
+        return max((b.capacity for buffers in self.buffers.values() for b in buffers), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, spare capacity included."""
         fixed = sum(t.nbytes for tensors in self.fixed.values() for t in tensors)

@@ -7,22 +7,23 @@ copying. So the peak beyond the final weights is one tensor that an op computes 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
 
-from deltaloom.graph.errors import CheckpointError
+from deltaloom.graph.errors import CheckpointError, GraphError
 from deltaloom.graph.interpret import run_node
 from deltaloom.graph.ir import Graph, Node, Value
 from deltaloom.graph.op import Array
-from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.quantized import QuantizedArray, empty
 from deltaloom.graph.types import QuantType
 from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.passes.emit import WeightSlot
 from deltaloom.passes.kernel import Backend, Tensor
 
-VIEWS = frozenset({"reshape", "split", "transpose", "unflatten", "flatten"})
-"""Ops whose reference only looks at its input in another way."""
+VIEWS = frozenset({"reshape", "split", "transpose", "unflatten", "flatten", "shard"})
+"""Ops whose reference only looks at its input in another way; a ``shard`` of several runs copies these, in the file's dtype."""
 
 
 class TensorSource(Protocol):
@@ -52,9 +53,13 @@ class WeightStore:
         return self._made[key]
 
 
-def materialise(weights: Graph, value: Value, prefix: str, source: TensorSource, axes: tuple[int, ...]) -> Array:
-    """The array of ``value`` with its axes stored in the order ``axes``: a view of the file where that needs no copy."""
+def materialise(weights: Graph, value: Value, prefix: str, source: TensorSource, axes: tuple[int, ...]) -> Array | QuantizedArray:
+    """The array of ``value`` with its axes stored in the order ``axes``: a view of the file where that needs no copy. A quantised
+    value is always stored as typed."""
     evaluation = _Evaluation(weights, prefix, source)
+    if isinstance(value.type.dtype, QuantType):
+        assert not axes
+        return evaluation.codes(value)
     dtype, shape = value.type.plain_dtype.numpy, value.type.static_shape()
     found = evaluation.view(value)
     if found is not None:
@@ -85,6 +90,72 @@ class _Evaluation:
         below = self.view(node.inputs[0])
         return None if below is None else _output(node, value, [below])
 
+    def codes(self, value: Value) -> QuantizedArray:
+        """A quantised ``value``: stored codes as views of the file where that needs no copy."""
+        if (stored := self._stored_codes(value)) is not None:
+            return stored
+        out = empty(value.type)
+        self._write_codes(value, out)
+        return out
+
+    def _stored_codes(self, value: Value) -> QuantizedArray | None:
+        """Stored codes, or a part of them; None where they are computed or joined."""
+        form = value.type.dtype
+        if value.kind == "param":
+            assert isinstance(form, QuantType)
+            name, shape = self._prefix + value.name, value.type.static_shape()
+            return QuantizedArray(self._source.read(name), self._source.read(name + SCALE_SUFFIX), form, shape)
+        node = self._weights.producers[value.name]
+        if node.op.name not in VIEWS:
+            return None
+        below = self._stored_codes(node.inputs[0])
+        found: QuantizedArray | None = None if below is None else run_node(node, [below])[node.outputs.index(value)]
+        return found
+
+    def _write_codes(self, value: Value, out: QuantizedArray) -> None:
+        """Evaluate a quantised ``value`` into ``out``."""
+        if (stored := self._stored_codes(value)) is not None:
+            _copy_codes(stored, out)
+            return
+        node = self._weights.producers[value.name]
+        if node.op.name == "quantize":
+            self._quantise(node, node.inputs[0], out)
+        elif pieces := self._pieces(node, out):
+            for item, part in pieces:
+                self._write_codes(item, part)
+        else:
+            below = [self.codes(item) for item in node.inputs]
+            _copy_codes(run_node(node, below)[node.outputs.index(value)], out)
+
+    def _quantise(self, node: Node, plain: Value, out: QuantizedArray) -> None:
+        """Write ``plain`` quantised into ``out``, piece by piece where it is joined of pieces: what an expert or a sibling makes of
+        its own rows does not depend on the others, and only one of them exists in full at a time."""
+        made = self._weights.producers.get(plain.name) if plain.kind == "node" else None
+        pieces = self._pieces(made, out) if made is not None and self.view(plain) is None else None
+        if pieces:
+            for item, part in pieces:
+                self._quantise(node, item, part)
+            return
+        try:
+            (codes,) = run_node(node, [self._compute(plain)])
+        except GraphError as error:
+            raise CheckpointError(f"the weight '{self._prefix}{plain.name}' cannot be quantised: {error}") from error
+        _copy_codes(codes, out)
+
+    @staticmethod
+    def _pieces(node: Node, out: QuantizedArray) -> list[tuple[Value, QuantizedArray]] | None:
+        """The inputs of a stack or concat with the part of ``out`` that each fills; None where a part would end in a block."""
+        if node.op.name == "stack":
+            return [(item, out[index]) for index, item in enumerate(node.inputs)]
+        if node.op.name != "concat":
+            return None
+        axis = int(node.op.axis) % len(out.shape)  # type: ignore[attr-defined]
+        sizes = [item.type.static_shape()[axis] for item in node.inputs]
+        borders = list(accumulate(sizes))[:-1]
+        if not all(out.form.cuts(axis - len(out.shape), border) for border in borders):
+            return None
+        return list(zip(node.inputs, out.split(sizes, axis), strict=True))
+
     def write(self, value: Value, out: Array) -> None:
         """Evaluate ``value`` into ``out``, which has its shape and dtype (and any strides)."""
         found = self.view(value)
@@ -107,10 +178,7 @@ class _Evaluation:
     def _compute(self, value: Value) -> Array | QuantizedArray:
         """``value`` as an array of its own type."""
         if isinstance(value.type.dtype, QuantType):
-            if value.kind != "param":
-                raise CheckpointError(f"%{value.name} is a computed quantised value; only stored ones can be dequantised at load")
-            name, block = self._prefix + value.name, value.type.dtype.block
-            return QuantizedArray(self._source.read(name), self._source.read(name + SCALE_SUFFIX), block)
+            return self.codes(value)
         out = np.empty(value.type.static_shape(), value.type.plain_dtype.numpy)
         self.write(value, out)
         return out
@@ -121,6 +189,11 @@ class _Evaluation:
             wanted = list(value.type.static_shape())
             raise CheckpointError(f"tensor '{self._prefix}{value.name}' has shape {list(array.shape)}, expected {wanted}")
         return array
+
+
+def _copy_codes(source: QuantizedArray, out: QuantizedArray) -> None:
+    np.copyto(out.data, source.data)
+    np.copyto(out.scale, source.scale)
 
 
 def copy_cast(source: Array, out: Array) -> None:

@@ -111,8 +111,9 @@ def check_kernel(backend: Backend, kernel: Kernel, op: type[Op], draw: Draw) -> 
     node = kernels.accepted_node(kernel, case.op, arrays)
     if node is None:
         return False
-    results = kernels.run_kernel(backend, kernel, node, arrays)
-    _compare(f"{kernel.name} for {case.op}", case.op, arrays, results)
+    for buffers in (False, True) if kernels.takes_buffers(kernel) else (False,):
+        results = kernels.run_kernel(backend, kernel, node, arrays, buffers=buffers)
+        _compare(f"{kernel.name}{' with buffers' if buffers else ''} for {case.op}", case.op, arrays, results)
     return True
 
 
@@ -123,7 +124,7 @@ def applies(check: object, op: type[Op]) -> bool:
         check_torch: op.torch is not None,
         check_laws: bool(op.laws),
         check_commutative: op.commutative,
-        check_sharding_string: op.sharding is not None,
+        check_sharding_string: op.sharding is not None or op.factors is not Op.factors,
     }
     return needed.get(check, True)  # type: ignore[call-overload, no-any-return]
 
@@ -150,7 +151,16 @@ def _compare(name: str, op: Op, arrays: tuple[Value, ...], results: tuple[Array,
     truth, rounded = reference(op, in_float64(arrays)), reference(op, arrays)
     assert len(results) == len(truth), f"{name} gives {len(results)} results, expected {len(truth)}"
     for position, result in enumerate(results):
+        if isinstance(result, QuantizedArray):
+            _same_codes(f"output {position} of the {name}", result, rounded[position])
+            continue
         assert_close(f"output {position} of the {name}", result, truth[position], rounded[position])
+
+
+def _same_codes(name: str, result: QuantizedArray, wanted: QuantizedArray) -> None:
+    assert type_of(result) == type_of(wanted), f"{name} is {type_of(result)}, expected {type_of(wanted)}"
+    for found, true in ((result.data, wanted.data), (result.scale, wanted.scale)):
+        assert found.tobytes() == true.tobytes(), f"{name} has other codes or scales than the reference"
 
 
 def _changed(type_: TensorType, draw: Draw) -> TensorType:

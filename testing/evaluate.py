@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from deltaloom.graph.ir import Graph
 from deltaloom.graph.op import Array, Case, Draw, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import DType, TensorType, f64
+from deltaloom.passes.rewrite.rule import Example
 
 Value = Array | QuantizedArray
 
@@ -25,8 +27,8 @@ def draw_case(op: type[Op], draw: Draw) -> Case:
     return cast(Case, op.cases(draw))
 
 
-def concrete(case: Case, dtype: DType) -> tuple[Value, ...]:
-    """The arrays of a case in the dtype under test, as ``Case`` describes."""
+def concrete(case: Case | Example, dtype: DType) -> tuple[Value, ...]:
+    """The arrays of a case, or of a rule's example, in the dtype under test, as ``Case`` describes."""
     fixed = case.dtypes or (None,) * len(case.arrays)
     made: list[Value] = []
     for array, own in zip(case.arrays, fixed, strict=True):
@@ -90,7 +92,7 @@ def decomposed(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...] | None:
 
 
 def _copied(array: Value) -> Value:
-    return QuantizedArray(array.data.copy(), array.scale.copy(), array.block) if isinstance(array, QuantizedArray) else array.copy()
+    return replace(array, data=array.data.copy(), scale=array.scale.copy()) if isinstance(array, QuantizedArray) else array.copy()
 
 
 def torch_rule(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...]:

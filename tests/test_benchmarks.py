@@ -60,3 +60,15 @@ def test_the_table_gives_medians_spread_and_ratio(programs: dict[str, ModuleType
         "| --- | --- | --- |",
         "| prefill_8 | 20.0 (10.0–30.0) | 50.0 (50.0–50.0), 2.50× |",
     ]
+
+
+def test_the_quantisation_tables_compare_with_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    program = __import__("quantization")
+    row = {"scheme": "float32", "perplexity": 30.0, "generations": 40, "agreeing": 1.0, "file_mb": 12.0, "held_mb": 24.0}
+    row |= {"memory_mb": 30.0, "tokens_per_second": 100.0}
+    int8 = row | {"scheme": "int8", "perplexity": 30.03, "generations": 38, "agreeing": 0.9}
+    *_, first, second = program.models_table([row, int8]).splitlines()
+    assert first.startswith("| float32 | 30.0000 | 1.0000 |  | 40 of 40 | 100.0 % |")
+    assert second == "| int8 | 30.0300 | 1.0010 | 1.01 | 38 of 40 | 90.0 % | 12.00 | 24.00 | 30.0 | 100 |"
+    assert program.same_start([1, 2, 3], [1, 2, 4]) == program.same_start([1, 2], [1, 2, 4]) == 2

@@ -1,6 +1,6 @@
 """What the documents tell a reader to type works, and prints what they say; so do the examples.
 
-Every ``bash`` and ``python`` block of README.md and docs/architecture.md is run. A block that is not says why in a comment
+Every ``bash`` and ``python`` block of README.md and of the pages in docs/ is run. A block that is not says why in a comment
 right above it: ``<!-- not run: reason -->``. In CONTRIBUTING.md only blocks below ``<!-- run -->`` are run. The lines of a ``text``
 block right after a block that was run must occur in its output, in that order.
 """
@@ -51,7 +51,8 @@ def page_blocks(page: str) -> list[Block]:
 
 
 def to_run() -> list[Block]:
-    pages = [*page_blocks("README.md"), *page_blocks("docs/architecture.md")]
+    documents = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/quantization.md")
+    pages = [block for page in documents for block in page_blocks(page)]
     chosen = [block for block in pages if not block.comment.startswith("not run: ")]
     chosen += [block for block in page_blocks("CONTRIBUTING.md") if block.comment == "run"]
     return [block for block in chosen if block.language in ("bash", "python")]
@@ -80,7 +81,7 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     check([sys.executable, str(example)], tmp_path)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/configuration.md"])
 def test_every_block_says_its_language_and_none_is_left_out_without_a_reason(page: str) -> None:
     found = page_blocks(page)
     assert found

@@ -11,7 +11,7 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from deltaloom.backends.numpy.elementwise import by_rows, sigmoid_gate_into
+from deltaloom.backends.numpy.elementwise import by_rows, one_plus_exp_negative, sigmoid_gate_into
 from deltaloom.backends.numpy.table import table
 from deltaloom.backends.numpy.threads import share, team
 from deltaloom.graph.ir import Node
@@ -137,15 +137,27 @@ def _gated(
     gate: Array,
     inputs: tuple[Op, Array, Array, Array, Appended, Appended, Array | None],
     out: Array | None,
-    **scratch: tuple[Array, Array] | None,
+    divisor: Array | None,
+    **scratch: tuple[Array, ...] | None,
 ) -> Array:
-    """The heads of ``attention`` written flat, then gated in place."""
+    """The heads of ``attention`` written flat, then gated in place; ``divisor`` is scratch for that."""
     result = np.empty(gate.shape, gate.dtype) if out is None else out
     attention(*inputs, out=result.reshape(inputs[1].shape), **scratch)
-    return by_rows(lambda result, gate: sigmoid_gate_into(result, result, gate), result, gate)
+    if divisor is None:
+        return by_rows(lambda result, gate: sigmoid_gate_into(result, result, gate), result, gate)
+
+    def run(result: Array, gate: Array, divisor: Array) -> None:
+        np.divide(result, one_plus_exp_negative(gate, divisor), out=result)
+
+    return by_rows(run, result, gate, divisor)
 
 
-@table.kernel("gated_attention", when=(size("q", 1, equals=1), FLOAT), into=True, scratch=_step_scratch)
+def _gated_scratch(node: Node) -> tuple[TensorType, ...]:
+    """What the attention takes, and the divisor of the gate."""
+    return *_step_scratch(node), input_type(node, "gate")
+
+
+@table.kernel("gated_attention", when=(size("q", 1, equals=1), FLOAT), into=True, scratch=_gated_scratch)
 def gated_attention_step(
     op: Op,
     q: Array,
@@ -157,10 +169,11 @@ def gated_attention_step(
     valid: Array | None = None,
     *,
     out: Array | None = None,
-    scratch: tuple[Array, Array] | None = None,
+    scratch: tuple[Array, Array, Array] | None = None,
 ) -> Array:
     """``attention_step`` with the gate at its end."""
-    return _gated(attention_step, gate, (op, q, k, v, key_cache, value_cache, valid), out, scratch=scratch)
+    inputs = (op, q, k, v, key_cache, value_cache, valid)
+    return _gated(attention_step, gate, inputs, out, scratch and scratch[2], scratch=scratch and scratch[:2])
 
 
 @table.kernel("gated_attention", when=(FLOAT,), into=True)
@@ -177,7 +190,7 @@ def gated_attention_blocks(
     out: Array | None = None,
 ) -> Array:
     """``attention_blocks`` with the gate at its end."""
-    return _gated(attention_blocks, gate, (op, q, k, v, key_cache, value_cache, valid), out)
+    return _gated(attention_blocks, gate, (op, q, k, v, key_cache, value_cache, valid), out, None)
 
 
 def _rows(queries: Array, keys: Array, values: Array, first: int, valid: Array | None) -> Array:

@@ -9,13 +9,18 @@ import numpy as np
 
 import deltaloom.backends.numpy.attention
 import deltaloom.backends.numpy.convolution
+import deltaloom.backends.numpy.delta_net
 import deltaloom.backends.numpy.delta_rule
 import deltaloom.backends.numpy.elementwise
 import deltaloom.backends.numpy.linear
 import deltaloom.backends.numpy.moe
 import deltaloom.backends.numpy.norm
+import deltaloom.backends.numpy.quantized
+import deltaloom.backends.numpy.rope
+import deltaloom.backends.numpy.serving
 import deltaloom.backends.numpy.shape
 import deltaloom.ops  # noqa: F401  the built-in ops
+from deltaloom.backends.numpy.allocator import keep_freed_memory
 from deltaloom.backends.numpy.table import table
 from deltaloom.backends.numpy.threads import use_threads
 from deltaloom.graph.errors import CompileError
@@ -25,6 +30,7 @@ from deltaloom.graph.registry import ops
 from deltaloom.graph.types import DType, f32, f64
 from deltaloom.ops.fused import without_fused
 from deltaloom.passes.kernel import Appended, Kernel
+from deltaloom.passes.memory import ALIGNMENT
 
 
 class NumpyBackend:
@@ -41,11 +47,12 @@ class NumpyBackend:
             message = f"the numpy backend runs on the device 'cpu', not on '{device}'; give cpu, or --backend torch for a GPU"
             raise CompileError(message)
         self.threads = use_threads(threads).n
+        keep_freed_memory()
 
     def kernels(self) -> Sequence[Kernel]:
         """The accelerated kernels, then a portable one for every op (plugins' included) that has a reference of its own."""
         own = [op for op in without_fused(ops) if op.reference is not None]
-        portable = [Kernel(op.name, self.name, _portable(op), title="reference") for op in own]
+        portable = [Kernel(op.name, self.name, _portable(op), title="reference", quantised=True) for op in own]
         return [*table.kernels, *portable]
 
     def compute_dtype(self, wanted: str) -> DType:
@@ -66,6 +73,14 @@ class NumpyBackend:
 
     def zeros(self, shape: Sequence[int], dtype: DType) -> Array:
         return np.zeros(tuple(shape), dtype.numpy)
+
+    def arena(self, nbytes: int) -> Array:
+        block = np.empty(nbytes + ALIGNMENT, np.uint8)
+        start = -block.ctypes.data % ALIGNMENT
+        return block[start : start + nbytes]
+
+    def part(self, arena: Array, offset: int, shape: Sequence[int], dtype: DType) -> Array:
+        return np.ndarray(tuple(shape), dtype.numpy, arena, offset)
 
     def length(self, count: int) -> int:
         return count

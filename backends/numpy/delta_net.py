@@ -21,12 +21,14 @@ from deltaloom.passes.kernel import dtype_in, input_type, is_param, size
 
 
 def _scratch(node: Node) -> tuple[TensorType, ...]:
-    """The window of the convolution, its result beside z before and after silu, and the update of the state."""
+    """The window of the convolution, its result beside z before and after silu, the update of the state, and two rows as its
+    values."""
     op = cast(GatedDeltaNet, node.op)
     projected, weight = input_type(node, "projected"), input_type(node, "conv_weight")
     batch, dtype, (channels, _, taps) = projected.shape[0], projected.dtype, weight.shape
     mixed = TensorType(dtype, (batch, channels + op.widths[1]))
-    return TensorType(dtype, (batch, taps, channels)), mixed, mixed, input_type(node, "delta")
+    pair = TensorType(dtype, (2, batch, op.widths[1]))
+    return TensorType(dtype, (batch, taps, channels)), mixed, mixed, input_type(node, "delta"), pair
 
 
 @table.kernel(
@@ -47,18 +49,19 @@ def delta_net_step(
     delta: Array,
     *,
     out: Array | None = None,
-    scratch: tuple[Array, Array, Array, Array] | None = None,
+    scratch: tuple[Array, Array, Array, Array, Array] | None = None,
 ) -> tuple[Array, Array, Array]:
     """One token: convolution, norms, gates, the rule and the gated norm; both states are changed in place."""
     net = cast(GatedDeltaNet, op)
     batch, dtype = len(projected), projected.dtype
     key_width, value_width = net.widths
     channels, value_heads = 2 * key_width + value_width, net.value_heads
-    window, plain, mixed, outer = scratch or (
+    window, plain, mixed, outer, pair = scratch or (
         np.empty((batch, len(conv_weight), channels), dtype),
         np.empty((batch, channels + value_width), dtype),
         np.empty((batch, channels + value_width), dtype),
         np.empty(delta.shape, dtype),
+        np.empty((2, batch, value_width), dtype),
     )
     result = np.empty((batch, 1, value_width), dtype) if out is None else out
     row = projected.reshape(batch, -1)
@@ -80,7 +83,8 @@ def delta_net_step(
     answer = result.reshape(*heads, net.value_dim)
     values = mixed[:, 2 * key_width : channels].reshape(*heads, net.value_dim)
     queries, keys = both[:, 0, :, None], both[:, 1, :, None]
-    advance(answer, queries, keys, values, decay.reshape(*heads, 1), beta.reshape(*heads, 1), held, outer.reshape(held.shape))
+    factors = decay.reshape(*heads, 1), beta.reshape(*heads, 1)
+    advance(answer, queries, keys, values, *factors, held, outer.reshape(held.shape), pair.reshape(2, *answer.shape))
 
     root = np.vecdot(answer, answer)
     root *= 1 / net.value_dim

@@ -70,25 +70,29 @@ def delta_step(op: Op, q: Array, k: Array, v: Array, log_decay: Array, beta: Arr
         beta.reshape(*heads, 1),
         state.reshape(*heads, key_dim, value_dim),
         np.empty((*heads, key_dim, value_dim), state.dtype),
+        np.empty((2, *heads, value_dim), state.dtype),
     )
     return out.reshape(v.shape).astype(v.dtype, copy=False), state
 
 
-def advance(out: Array, queries: Array, keys: Array, values: Array, decay: Array, betas: Array, state: Array, outer: Array) -> None:
+def advance(
+    out: Array, queries: Array, keys: Array, values: Array, decay: Array, betas: Array, state: Array, outer: Array, pair: Array
+) -> None:
     """One token of every head: out = g (q S) + (q k) delta with the *old* state, which is so read once and written once.
 
     queries (scaled), keys [batch, Hk, 1, dk]; values, out [batch, Hk, r, dv]; decay g, betas [batch, Hk, r, 1]; ``state`` is
-    changed in place and ``outer`` is scratch, both [batch, Hk, r, dk, dv]."""
+    changed in place and ``outer`` is scratch, both [batch, Hk, r, dk, dv]; so is ``pair`` [2, batch, Hk, r, dv]."""
 
     def run(at: slice) -> None:
         query, key, old, g, update = queries[:, at], keys[:, at], state[:, at], decay[:, at], outer[:, at]
-        delta = np.vecmat(key, old)
+        delta, product = pair[:, :, at]
+        np.vecmat(key, old, out=delta)
         delta *= g
         np.subtract(values[:, at], delta, out=delta)
         delta *= betas[:, at]
         part = np.vecmat(query, old, out=out[:, at])
         part *= g
-        part += np.vecdot(query, key)[..., None] * delta
+        part += np.multiply(np.vecdot(query, key)[..., None], delta, out=product)
         old *= g[..., None]
         np.multiply(key[..., None], delta[..., None, :], out=update)
         old += update

@@ -122,6 +122,14 @@ def add(op: Op, x: Array, y: Array, *, out: Array | None = None) -> Array:
     return result
 
 
+@table.kernel("zeros_like", into=True)
+def zeros_like(op: Op, x: Array, *, out: Array | None = None) -> Array:
+    """Zeros in the buffer given."""
+    result = np.empty(x.shape, x.dtype) if out is None else out
+    result.fill(0)
+    return result
+
+
 @table.kernel("mul")
 def mul(op: Op, x: Array, y: Array) -> Array:
     """As ``add``."""

@@ -18,7 +18,7 @@ from deltaloom.backends.numpy.table import table
 from deltaloom.backends.numpy.threads import share, slices, team
 from deltaloom.graph.ir import Node
 from deltaloom.graph.op import Array, Op
-from deltaloom.graph.types import TensorType, f32, f64
+from deltaloom.graph.types import TensorType, bool_, f32, f64
 from deltaloom.passes.kernel import dtype_in, input_type, is_param
 
 
@@ -37,56 +37,69 @@ WANTS = {"gate_up": (0, 2, 1), "down": (0, 2, 1)}
 WHEN = (dtype_in("x", f32, f64), is_param("gate_up"), is_param("down"))
 
 
-@table.kernel("router_topk", when=(dtype_in("logits", f32, f64),))
-def router_topk(op: Op, logits: Array) -> tuple[Array, Array]:
+def _router_scratch(node: Node) -> tuple[TensorType, ...]:
+    """A copy of the logits, and which of them are chosen."""
+    logits = input_type(node, "logits")
+    rows = (logits.elements() // cast(int, logits.shape[-1]), logits.shape[-1])
+    return TensorType(logits.dtype, rows), TensorType(bool_, rows)
+
+
+@table.kernel("router_topk", when=(dtype_in("logits", f32, f64),), scratch=_router_scratch)
+def router_topk(op: Op, logits: Array, *, scratch: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
     """Only the k chosen probabilities are formed: normalised, they need no sum over all experts."""
     routing = cast(_Routing, op)
     rows = logits.reshape(-1, logits.shape[-1])
+    copy, above = scratch or (np.empty(rows.shape, rows.dtype), np.empty(rows.shape, bool))
     if len(rows) == 1:
-        chosen = _largest_of_one(rows[0], routing.k)
+        chosen = _largest_of_one(rows[0], routing.k, copy, above)
         weights = rows[:, chosen]
         ids = chosen[None]
     else:
-        ids = _largest(rows, routing.k)
+        ids = _largest(rows, routing.k, copy, above)
         weights = np.take_along_axis(rows, ids, axis=-1)
     highest = weights[:, :1].copy()
     weights -= highest
     np.exp(weights, out=weights)
-    every = weights if routing.normalize else np.exp(rows - highest)
+    every = weights if routing.normalize else np.exp(np.subtract(rows, highest, out=copy), out=copy)
     weights /= every.sum(axis=-1, keepdims=True)
     shape = (*logits.shape[:-1], routing.k)
     return weights.reshape(shape), ids.astype(np.int32).reshape(shape)
 
 
-def _largest_of_one(row: Array, k: int) -> Array:
+def _largest_of_one(row: Array, k: int, copy: Array, above: Array) -> Array:
     """``_largest`` of a single row with a third of the calls."""
     if len(row) <= SORTED_WHOLE or k == len(row):
         order: Array = (-row).argsort(kind="stable")
         return order[:k]
-    found: Array = _largest(row[None], k)[0]
+    found: Array = _largest(row[None], k, copy, above)[0]
     return found
 
 
-def _largest(rows: Array, k: int) -> Array:
-    """The columns of the k largest of each row, largest first, ties to the lowest column."""
+def _largest(rows: Array, k: int, copy: Array, above: Array) -> Array:
+    """The columns of the k largest of each row, largest first, ties to the lowest column; ``copy`` and ``above`` are scratch."""
     columns = rows.shape[1]
     if columns <= SORTED_WHOLE or k == columns:
         return np.argsort(-rows, axis=-1, kind="stable")[:, :k]
-    chosen = np.sort(np.argpartition(rows, columns - k, axis=-1)[:, columns - k :], axis=-1)
-    values = np.take_along_axis(rows, chosen, axis=-1)
-    order = np.argsort(-values, axis=-1, kind="stable")
-    found = np.take_along_axis(chosen, order, axis=-1)
-    # A tie at the border: the partition may have taken any of the equal ones.
-    tied = np.count_nonzero(rows >= values.min(axis=-1, keepdims=True), axis=-1) > k
-    if tied.any():
-        found[tied] = np.argsort(-rows[tied], axis=-1, kind="stable")[:, :k]
-    return found
+    copy[...] = rows
+    copy.partition(columns - k, axis=-1)
+    np.greater_equal(rows, copy[:, columns - k, None], out=above)
+    if (np.count_nonzero(above, axis=-1) != k).any():
+        # A tie at the border, or what is no number.
+        return np.argsort(-rows, axis=-1, kind="stable")[:, :k]
+    chosen = above.nonzero()[1].reshape(len(rows), k)
+    order = np.argsort(-np.take_along_axis(rows, chosen, axis=-1), axis=-1, kind="stable")
+    return np.take_along_axis(chosen, order, axis=-1)
 
 
-@table.kernel("gated_router", when=(dtype_in("logits", f32, f64),))
-def gated_router(op: Op, logits: Array) -> tuple[Array, Array, Array]:
+def _gated_router_scratch(node: Node) -> tuple[TensorType, ...]:
+    """Those of the router, without the column of the gate."""
+    return tuple(one.with_shape(one.shape[0], one.shape[1] - 1) for one in _router_scratch(node))
+
+
+@table.kernel("gated_router", when=(dtype_in("logits", f32, f64),), scratch=_gated_router_scratch)
+def gated_router(op: Op, logits: Array, *, scratch: tuple[Array, Array] | None = None) -> tuple[Array, Array, Array]:
     """The gate is a view of the last column."""
-    weights, ids = router_topk(op, logits[..., :-1])
+    weights, ids = router_topk(op, logits[..., :-1], scratch=scratch)
     return weights, ids, logits[..., -1:]
 
 

@@ -16,10 +16,10 @@ from deltaloom.backends.numpy.table import table
 from deltaloom.backends.numpy.threads import pool
 from deltaloom.graph.ir import Node
 from deltaloom.graph.op import Array, Op
-from deltaloom.graph.types import f32, f64
+from deltaloom.graph.types import TensorType, f32, f64
 from deltaloom.ops.fused_attention import QKVNormRope
 from deltaloom.ops.rope import RotaryEmbedding
-from deltaloom.passes.kernel import dtype_in
+from deltaloom.passes.kernel import dtype_in, input_type
 
 BLOCK = 1 << 15
 """Elements of ``projected`` that are cut, normed and rotated at once."""
@@ -35,11 +35,12 @@ def _frequencies(inv_freq: tuple[float, ...]) -> Array:
     return np.asarray(inv_freq, np.float32)
 
 
-def _rotate(x: Array, cos: Array, signed_sin: Array) -> None:
-    """Rotate the first elements of x [..., heads, width] in place; cos [..., 1, 1, half], signed_sin [..., 1, 2, half]."""
+def _rotate(x: Array, cos: Array, signed_sin: Array, out: Array | None) -> None:
+    """Rotate the first elements of x [tokens, heads, width] in place; cos [tokens, 1, 1, half], signed_sin [tokens, 1, 2, half];
+    ``out`` [tokens, at least heads, 2, half] is scratch."""
     half = cos.shape[-1]
     turned = x[..., : 2 * half].reshape(*x.shape[:-1], 2, half)
-    swapped = turned[..., ::-1, :] * signed_sin
+    swapped = np.multiply(turned[..., ::-1, :], signed_sin, out=None if out is None else out[:, : x.shape[1]])
     turned *= cos
     turned += swapped
 
@@ -52,9 +53,24 @@ def _angles(cos: Array, sin: Array) -> tuple[Array, Array]:
     return cos[..., None, None, :], signed
 
 
-@table.kernel("qkv_norm_rope", when=(dtype_in("projected", f32, f64),), into=True)
+def _scratch(node: Node) -> tuple[TensorType, ...]:
+    """The rotated part of the queries with its halves swapped."""
+    op, projected, cos = cast(QKVNormRope, node.op), input_type(node, "projected"), input_type(node, "cos")
+    tokens = projected.shape[0] * projected.shape[1]
+    return (TensorType(projected.dtype, (tokens, max(op.heads, op.kv_heads), 2, cos.shape[-1])),)
+
+
+@table.kernel("qkv_norm_rope", when=(dtype_in("projected", f32, f64),), into=True, scratch=_scratch)
 def qkv_norm_rope(
-    op: Op, projected: Array, q_weight: Array, k_weight: Array, cos: Array, sin: Array, *, out: tuple[Array, ...] | None = None
+    op: Op,
+    projected: Array,
+    q_weight: Array,
+    k_weight: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    out: tuple[Array, ...] | None = None,
+    scratch: tuple[Array] | None = None,
 ) -> tuple[Array, ...]:
     """Blocks of tokens, shared by the threads. Without ``out``, v and the gate are views."""
     fused = cast(QKVNormRope, op)
@@ -76,7 +92,7 @@ def qkv_norm_rope(
             piece = target[at]
             normalise_into(piece, source[at], width, fused.eps)
             piece *= weight
-            _rotate(piece, c[at], s[at])
+            _rotate(piece, c[at], s[at], scratch and scratch[0][at])
 
     if rows.size <= 2 * BLOCK:
         run(slice(0, tokens))

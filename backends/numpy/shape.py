@@ -19,6 +19,10 @@ class _Split(Protocol):
     axis: int
 
 
+class _Concat(Protocol):
+    axis: int
+
+
 class _Flatten(Protocol):
     axes: int
 
@@ -49,10 +53,18 @@ def _parts(sizes: tuple[int, ...], axis: int, rank: int) -> list[tuple[slice, ..
     return [(*before, slice(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
 
 
-@table.kernel("embedding", when=(dtype_in("ids", i32, i64),))
-def embedding(op: Op, ids: Array, weight: Array) -> Array:
-    """``take`` copies rows without the machinery of fancy indexing."""
-    return weight.take(ids, axis=0)
+@table.kernel("concat", into=True)
+def concat(op: Op, *arrays: Array, out: Array | None = None) -> Array:
+    """As the reference, which cannot be given a buffer."""
+    return np.concatenate(arrays, axis=cast(_Concat, op).axis, out=out)
+
+
+@table.kernel("embedding", when=(dtype_in("ids", i32, i64),), into=True)
+def embedding(op: Op, ids: Array, weight: Array, *, out: Array | None = None) -> Array:
+    """``take`` copies rows without the machinery of fancy indexing; only where it need not refuse an id does it write to ``out``
+    without a copy between."""
+    inside = out is not None and ids.min() >= 0 and ids.max() < len(weight)
+    return weight.take(ids, axis=0, out=out, mode="clip" if inside else "raise")
 
 
 @table.kernel("mask_padding")

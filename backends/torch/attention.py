@@ -11,6 +11,7 @@ import torch
 
 from deltaloom.backends.torch.table import table, wide
 from deltaloom.ops.attention import Attention
+from deltaloom.ops.fused_attention import GatedAttention
 from deltaloom.passes.kernel import Appended
 
 ROWS = 64
@@ -33,6 +34,23 @@ def attention(
     """Appends k and v to the caches, then attends over all of them."""
     past = int(key_cache.length)
     return append_and_attend(q, k, v, key_cache.data, value_cache.data, past, valid, op.scale)
+
+
+@table.kernel("gated_attention")
+def gated_attention(
+    op: GatedAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor,
+    key_cache: Appended,
+    value_cache: Appended,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention, whose result is multiplied in place."""
+    past = int(key_cache.length)
+    out = append_and_attend(q, k, v, key_cache.data, value_cache.data, past, valid, op.scale)
+    return out.flatten(2).mul_(torch.sigmoid(gate))
 
 
 def append_and_attend(
@@ -61,9 +79,7 @@ def append_and_attend(
     return out
 
 
-def _block(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def _block(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Attention of queries that are the last columns: row i of n sees all but the last n - 1 - i keys."""
     batch, rows, heads, width = q.shape
     key_heads, columns = keys.shape[1], keys.shape[2]

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from deltaloom.backends.torch import attention, convolution, delta_rule, linear, moe, norm
+from deltaloom.backends.torch import (
+    attention,
+    convolution,
+    delta_net,
+    delta_rule,
+    linear,
+    moe,
+    norm,
+    quantized,
+    rope,
+    serving,
+    swiglu,
+)
 from deltaloom.backends.torch.host import to_array, to_tensor, torch_dtype
 from deltaloom.backends.torch.portable import portable_kernels
 from deltaloom.backends.torch.table import table
@@ -18,7 +31,7 @@ from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import DType, bf16, f16, f32, f64
 from deltaloom.passes.kernel import Kernel
 
-FAMILIES = (attention, convolution, delta_rule, linear, moe, norm)
+FAMILIES = (attention, convolution, delta_net, delta_rule, linear, moe, norm, quantized, rope, serving, swiglu)
 """The files whose kernels are in the table once they are imported."""
 
 COMPUTE = {dtype.long_name: dtype for dtype in (f32, bf16, f16, f64)}
@@ -60,11 +73,13 @@ class TorchBackend:
     def from_host(self, array: Array | QuantizedArray) -> Any:
         """A tensor on the array's memory where the device is the CPU; never written unless it is a state."""
         if isinstance(array, QuantizedArray):
-            return QuantizedArray(self.from_host(array.data), self.from_host(array.scale), array.block)
+            return replace(array, data=self.from_host(array.data), scale=self.from_host(array.scale))
         return to_tensor(array).to(self._device)
 
-    def to_host(self, tensor: torch.Tensor) -> Array:
+    def to_host(self, tensor: Any) -> Any:
         """An array on the tensor's memory where that is the CPU's; bfloat16 through ml_dtypes."""
+        if isinstance(tensor, QuantizedArray):
+            return replace(tensor, data=to_array(tensor.data), scale=to_array(tensor.scale))
         return to_array(tensor)
 
     def zeros(self, shape: Sequence[int], dtype: DType) -> torch.Tensor:

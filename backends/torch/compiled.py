@@ -10,8 +10,8 @@ import torch
 
 from deltaloom.backends.torch.attention import append_and_attend
 from deltaloom.backends.torch.delta_rule import advance
-from deltaloom.backends.torch.linear import linear_packed
-from deltaloom.backends.torch.moe import mix_experts
+from deltaloom.backends.torch.linear import product
+from deltaloom.backends.torch.moe import mix_experts as mix_now
 from deltaloom.backends.torch.table import wide
 from deltaloom.graph.op import Op
 from deltaloom.ops.attention import Attention
@@ -21,7 +21,23 @@ from deltaloom.ops.padding import MaskPadding
 from deltaloom.passes.kernel import Appended, KernelTable, is_param
 
 table = KernelTable("inductor")
-table.kernel("linear", when=(is_param("weight"),), wants={"weight": (1, 0)})(linear_packed)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def threads_for(x: torch.Tensor) -> int:
+    """Among how many threads a product is cut. The code must not depend on the number of rows: one token is few, a prompt many."""
+    return _threads() if x.dim() < 2 or x.shape[-2] == 1 else 1
+
+
+@table.kernel("linear", when=(is_param("weight"),), wants={"weight": (1, 0)})
+def linear(op: Op, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight comes stored ``[in, out]``."""
+    y = product(x, weight, threads=threads_for(x))
+    return y if bias is None else y + bias
 
 
 @torch.library.custom_op("deltaloom::attention", mutates_args=("keys", "values"))
@@ -63,7 +79,20 @@ def attention(
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The length is a tensor, so that it is never a constant of the compiled code."""
-    out: torch.Tensor = _attention(q, k, v, key_cache.data, value_cache.data, key_cache.length, valid, op.scale)
+    return attend(q, k, v, key_cache, value_cache, valid, op.scale)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_cache: Appended,
+    value_cache: Appended,
+    valid: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The custom op."""
+    out: torch.Tensor = _attention(q, k, v, key_cache.data, value_cache.data, key_cache.length, valid, scale)
     return out
 
 
@@ -111,7 +140,7 @@ def gated_delta_rule(
 def _moe_experts(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    return mix_experts(x, weights, ids, gate_up, down).contiguous()
+    return mix_now(x, weights, ids, gate_up, down).contiguous()
 
 
 @_moe_experts.register_fake
@@ -130,6 +159,13 @@ def moe_experts(
     op: Op, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
     """Expert weights come as ``[experts, in, out]``."""
+    return mix_experts(x, weights, ids, gate_up, down)
+
+
+def mix_experts(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The custom op."""
     out: torch.Tensor = _moe_experts(x, weights, ids, gate_up, down)
     return out
 

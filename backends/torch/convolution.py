@@ -23,16 +23,16 @@ def causal_conv1d(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight comes as ``[taps, 1, channels]``; the state is shifted in place."""
     taps, seq = weight.shape[0], x.shape[1]
+    if seq == 1:
+        y = step(x, weight, state)
+        return (silu(y, inplace=True) if op.activation == "silu" else y), state
     rows = torch.cat((state.transpose(1, 2), x), 1)
     if taps > 1:
         state.copy_(rows[:, seq:].transpose(1, 2))
-    if seq == 1:
-        y = (wide(rows) * weight[:, 0]).sum(1, keepdim=True).to(x.dtype)
-        return (silu(y, inplace=True) if op.activation == "silu" else y), state
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    step = max(1, BLOCK // (x.shape[0] * x.shape[2]))
-    for start in range(0, seq, step):
-        stop = min(start + step, seq)
+    block = max(1, BLOCK // (x.shape[0] * x.shape[2]))
+    for start in range(0, seq, block):
+        stop = min(start + block, seq)
         part = wide(rows[:, start:stop]) * weight[0]
         for tap in range(1, taps):
             part.addcmul_(wide(rows[:, start + tap : stop + tap]), wide(weight[tap]))
@@ -41,3 +41,11 @@ def causal_conv1d(
         if op.activation == "silu":
             silu(target, inplace=True)
     return y, state
+
+
+def step(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """One position, x and result [batch, 1, channels]; ``state`` is shifted in place."""
+    rows = torch.cat((state.transpose(1, 2), x), 1)
+    if weight.shape[0] > 1:
+        state.copy_(rows[:, 1:].transpose(1, 2))
+    return (wide(rows) * weight[:, 0]).sum(1, keepdim=True).to(x.dtype)

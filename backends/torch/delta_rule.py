@@ -52,9 +52,7 @@ def advance(
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         for start in range(0, seq, SEGMENT):
             part = slice(start, start + SEGMENT)
-            out[:, part] = _chunked(
-                q[:, part], k[:, part], v[:, part], log_decay[:, part], beta[:, part], working, scale
-            )
+            out[:, part] = _chunked(q[:, part], k[:, part], v[:, part], log_decay[:, part], beta[:, part], working, scale)
     if working is not state:
         state.copy_(working)
     return out
@@ -69,21 +67,27 @@ def _step(
     state: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """One token. With S the old state, g the decay and d = beta (v - g S^T k): out = g S^T q + (q . k) d, so that one read of the
-    old state serves both products."""
+    pair = torch.stack((q[:, 0] * scale, k[:, 0]), 1)
+    return step(pair, v[:, 0], log_decay[:, 0], beta[:, 0], state)[:, None].to(v.dtype)
+
+
+def step(pair: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """One token: pair [batch, 2, Hk, dk] is the scaled query and the key, v [batch, Hv, dv], log_decay and beta [batch, Hv]; gives
+    out [batch, Hv, dv] in the dtype of ``state`` [batch, Hv, dk, dv], which is contiguous and overwritten.
+
+    With S the old state, g the decay and d = beta (v - g S^T k): out = g S^T q + (q . k) d, so that one read of the old state
+    serves both products."""
     batch, heads, key_dim, value_dim = state.shape
-    repeats = heads // k.shape[2]
-    pair = torch.stack((k[:, 0], q[:, 0] * scale), 2)
-    if repeats > 1:
-        pair = pair.repeat_interleave(repeats, 1)
-    decay = log_decay[:, 0, :, None].exp()
-    read = torch.bmm(pair.view(-1, 2, key_dim), state.view(-1, key_dim, value_dim)).view(batch, heads, 2, value_dim)
-    read = read * decay[..., None]
-    key, query = pair.unbind(2)
-    error = (v[:, 0] - read[:, :, 0]) * beta[:, 0, :, None]
-    out = read[:, :, 1].addcmul_((key * query).sum(-1, keepdim=True), error)
-    state.mul_(decay[..., None]).addcmul_(key[..., None], error[:, :, None])
-    return out[:, None].to(v.dtype)
+    key_heads = pair.shape[2]
+    spread = pair.transpose(1, 2)[:, :, None].expand(batch, key_heads, heads // key_heads, 2, key_dim)
+    rows = spread.reshape(-1, 2, key_dim)
+    decay = log_decay.exp()[..., None, None]
+    read = torch.bmm(rows, state.view(-1, key_dim, value_dim)).view(batch, heads, 2, value_dim) * decay
+    query, key = rows.view(batch, heads, 2, key_dim).unbind(2)
+    error = (v - read[:, :, 1]) * beta[..., None]
+    out = read[:, :, 0].addcmul_((query * key).sum(-1, keepdim=True), error)
+    state.mul_(decay).addcmul_(key[..., None], error[:, :, None])
+    return out
 
 
 def _chunked(
@@ -135,9 +139,11 @@ def _chunked(
     last = total[:, :, :, -1:]
     writers = spread(keys, (last - total).to(state.dtype).exp()).mT
     faded = grown[:, :, :, -1:].view(count, -1, 1, 1)
-    return _scan(readers, writers, u, scores, faded, state).permute(1, 0, 3, 2, 4).reshape(
-        batch, count * chunk, heads, value_dim
-    )[:, :seq]
+    return (
+        _scan(readers, writers, u, scores, faded, state)
+        .permute(1, 0, 3, 2, 4)
+        .reshape(batch, count * chunk, heads, value_dim)[:, :seq]
+    )
 
 
 def _scan(

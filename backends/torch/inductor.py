@@ -23,7 +23,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
 from torch.fx.experimental import _config as shape_config
 
-from deltaloom.backends.torch import compiled
+from deltaloom.backends.torch import compiled, compiled_fused, quantized_compiled  # noqa: F401  (the others add to the first's table)
 from deltaloom.backends.torch.backend import TorchBackend
 from deltaloom.backends.torch.portable import portable_kernels
 from deltaloom.graph.errors import CompileError

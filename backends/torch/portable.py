@@ -17,7 +17,7 @@ TITLE = "portable"
 def portable_kernels(backend: str, *, appending: bool) -> list[Kernel]:
     """One kernel for each op with a ``torch`` rule, those with append states only if ``appending``."""
     found = [op for op in ops if op.torch is not None and (appending or not op.appends)]
-    return [Kernel(op.name, backend, _adapter(op), title=TITLE) for op in found]
+    return [Kernel(op.name, backend, _adapter(op), title=TITLE, quantised=True) for op in found]
 
 
 def _adapter(op: type[Op]) -> Callable[..., Any]:

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from deltaloom.graph.errors import DeltaloomError
     from deltaloom.passes.config import CompileConfig
     from deltaloom.runtime.auto import AutoModelForCausalLM, AutoTokenizer
+    from deltaloom.runtime.compile import CompiledModel, compile
     from deltaloom.runtime.llm import LLM
-    from deltaloom.runtime.load import build_graph, compile, load
+    from deltaloom.runtime.load import build_graph, load
     from deltaloom.runtime.params import SamplingParams
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "CompileConfig",
+    "CompiledModel",
     "DeltaloomError",
     "SamplingParams",
     "build_graph",
@@ -33,10 +35,11 @@ _MODULES = {
     "AutoModelForCausalLM": "deltaloom.runtime.auto",
     "AutoTokenizer": "deltaloom.runtime.auto",
     "CompileConfig": "deltaloom.passes.config",
+    "CompiledModel": "deltaloom.runtime.compile",
     "DeltaloomError": "deltaloom.graph.errors",
     "SamplingParams": "deltaloom.runtime.params",
     "build_graph": "deltaloom.runtime.load",
-    "compile": "deltaloom.runtime.load",
+    "compile": "deltaloom.runtime.compile",
     "load": "deltaloom.runtime.load",
 }
 

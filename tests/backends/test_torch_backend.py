@@ -15,7 +15,7 @@ from deltaloom.graph.errors import CompileError, ConfigError  # noqa: E402
 from deltaloom.graph.op import Op  # noqa: E402
 from deltaloom.graph.quantized import QuantizedArray  # noqa: E402
 from deltaloom.graph.registry import ops  # noqa: E402
-from deltaloom.graph.types import DTYPES, bf16, f32  # noqa: E402
+from deltaloom.graph.types import DTYPES, QuantType, bf16, f8_e4m3, f32  # noqa: E402
 from deltaloom.passes.kernel import Appended  # noqa: E402
 
 BACKEND = TorchBackend("cpu")
@@ -58,9 +58,10 @@ def test_odd_arrays(array):
 
 
 def test_quantised_arrays_become_tensors():
-    weight = QuantizedArray(np.ones((2, 3), ml_dtypes.float8_e4m3fn), np.ones((1, 1), np.float32), (16, 16))
+    form = QuantType(f8_e4m3, (16, 16), f32)
+    weight = QuantizedArray(np.ones((2, 3), ml_dtypes.float8_e4m3fn), np.ones((1, 1), np.float32), form, (2, 3))
     tensor = BACKEND.from_host(weight)
-    assert (tensor.data.dtype, tensor.scale.dtype, tensor.block) == (torch.float8_e4m3fn, torch.float32, (16, 16))
+    assert (tensor.data.dtype, tensor.scale.dtype, tensor.type) == (torch.float8_e4m3fn, torch.float32, form[2, 3])
 
 
 def test_compute_dtypes():

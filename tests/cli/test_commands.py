@@ -106,7 +106,7 @@ def test_inspect_says_what_a_model_is_and_who_runs_it() -> None:
     found = json.loads(shown("inspect", "tiny-next", "--json"))
     assert (found["parameters"], found["parameters_of_the_mtp_head"]) == (6155488, 643328)
     decode = {(row["body"], row["op"]): row["kernel"] for row in found["programs"]["decode"]}
-    assert decode["linear_layer", "gated_delta_rule"] == "numpy.delta_step"
+    assert decode["linear_layer", "gated_delta_net"] == "numpy.delta_net_step"
     assert found["layer_regions"] == [*["linear_layer"] * 3, "attention_layer"] * 2
 
 

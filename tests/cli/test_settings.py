@@ -42,7 +42,7 @@ def test_flags_win_over_the_file_and_the_file_over_what_is_built_in(run_file: Pa
         ("sampling", "temperature"), ("sampling", "stop"), ("sampling", "n"), ("compile", "backends"), ("model", "model"),
     ]}  # fmt: skip
     assert origins == {
-        "temperature": "flag --temperature", "stop": str(run_file), "n": "built-in", "backends": "flag --backend",
+        "temperature": "flag --temperature", "stop": f"file {run_file}", "n": "built-in", "backends": "flag --backend",
         "model": "built-in",
     }  # fmt: skip
 
@@ -55,12 +55,15 @@ def test_a_flag_of_zero_or_false_is_given(run_file: Path) -> None:
 
 def test_the_checkpoint_fills_what_is_left_open(run_file: Path) -> None:
     bare = Settings({}, None).with_checkpoint()
-    assert (bare["model"]["max_model_len"].value, bare["model"]["max_model_len"].origin) == (2048, "checkpoint")
-    assert (bare["sampling"]["temperature"].value, bare["sampling"]["temperature"].origin) == (0.0, "checkpoint")
+    assert (bare["model"]["max_model_len"].value, bare["model"]["max_model_len"].origin) == (2048, "checkpoint's config.json")
+    assert (bare["sampling"]["temperature"].value, bare["sampling"]["temperature"].origin) == (
+        0.0,
+        "checkpoint's generation_config.json",
+    )
     assert (bare["sampling"]["top_p"].value, bare["sampling"]["top_p"].origin) == (1.0, "built-in")
     neutral = Settings({"generation_config": "none"}, run_file).with_checkpoint()
     assert neutral["sampling"]["temperature"].value == 0.5
-    assert neutral["model"]["max_model_len"].origin == str(run_file)
+    assert neutral["model"]["max_model_len"].origin == f"file {run_file}"
 
 
 def test_what_is_printed_is_a_run_file_that_gives_the_same_settings(run_file: Path, tmp_path: Path) -> None:
@@ -76,6 +79,68 @@ def test_what_is_printed_is_a_run_file_that_gives_the_same_settings(run_file: Pa
     assert tomllib.loads(text)["sampling"]["stop"] == ["a", "b"]
 
 
+def test_everything_of_compile_comes_back_from_what_is_printed(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        "[compile]\n"
+        'pipeline = ["canonicalise", {pass = "fuse", rules = ["packed_swiglu"], fuel = 2}, "quantise", "lift_weights"]\n'
+        'quantise = {"*.o_proj" = "plain", "*" = "int8"}\nmesh = {tp = 1}\ncache = "/somewhere"\ndump = "/else"\n'
+    )
+    settings = Settings({"skip": "specialise", "fuel": 0, "threads": 2}, path)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(settings.describe())
+    again = Settings({}, copy).compile_config()
+    assert again == settings.compile_config()
+    assert list(again.policy) == [("*.o_proj", "plain"), ("*", "int8")]
+    assert again.pipeline[1] == {"pass": "fuse", "rules": ["packed_swiglu"], "fuel": 2}
+    assert (again.skip, again.fuel) == (("specialise",), 0)
+
+
+def test_the_same_as_json_has_each_value_with_its_origin(run_file: Path) -> None:
+    tables = json.loads(Settings({"fuel": 3}, run_file).describe_json())
+    assert tables["compile"]["fuel"] == {"value": 3, "origin": "flag --fuel"}
+    assert tables["compile"]["prefill_chunk"] == {"value": 64, "origin": f"file {run_file}"}
+    assert tables["compile"]["threads"] == {"value": None, "origin": "built-in"}
+    assert tables["model"]["max_model_len"] == {"value": 99, "origin": f"file {run_file}"}
+    assert tables["sampling"]["top_k"]["origin"] == "built-in"
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "value", "origin"),
+    [
+        ({"skip": "fuse, fold"}, "skip", ("fuse", "fold"), "flag --skip"),
+        ({"mesh": "tp=2"}, "mesh", {"tp": 2}, "flag --mesh"),
+        ({"quantise": "int8"}, "quantise", "int8", "flag --quantise"),
+        ({"quantise": '{"*.up_proj*": "int4", "*": "int8"}'}, "quantise", {"*.up_proj*": "int4", "*": "int8"}, "flag --quantise"),
+        ({"keep_quantized": False}, "keep_quantized", False, "flag --keep-quantized"),
+        ({"cache": "/x"}, "cache", "/x", "flag --cache"),
+        ({"no_cache": True}, "cache", "off", "flag --no-cache"),
+        ({"no_cache": False}, "cache", "off", "built-in"),
+        ({"fuel": 0}, "fuel", 0, "flag --fuel"),
+    ],
+)
+def test_flags_of_the_compiler(flags: dict[str, object], key: str, value: object, origin: str) -> None:
+    settings = Settings(flags, None)
+    assert (settings.tables["compile"][key].value, settings.tables["compile"][key].origin) == (value, origin)
+    assert getattr(settings.compile_config(), key) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"mesh": "tp"}, "--mesh is 'tp', expected an axis and its number of ranks"),
+        ({"mesh": "tp=two"}, "--mesh is 'tp=two'"),
+        ({"mesh": "tp=99999999999999999999"}, "--mesh is"),
+        ({"quantise": "{"}, "--quantise is not valid JSON"),
+        ({"quantise": '{"a": 1}'}, r"quantise has \('a', 1\)"),
+        ({"skip": "fuze"}, "skip names 'fuze', which is not in the pipeline; did you mean 'fuse'"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Settings(flags, None).compile_config()
+
+
 def without_comments(text: str) -> list[str]:
     return [line.split(" #")[0].rstrip() for line in text.splitlines()]
 
@@ -86,14 +151,19 @@ def without_comments(text: str) -> list[str]:
         ("[serve]\nport = 1", r"unknown table \[serve\]; known are model, compile, sampling"),
         ("port = 1", r"unknown table \[port\]"),
         ("model = 1", r"model is 1, expected a table \[model\]"),
-        ("[model]\nmodle = 'x'", r"\[model\] has an unknown key 'modle'; known are model, max_model_len"),
+        ("[model]\nmodle = 'x'", r"\[model\] has an unknown key 'modle'; did you mean 'model'"),
         ("[model]\nmax_batch = '8'", "max_batch is '8', expected a whole number"),
         ("[model]\nmax_batch = true", "max_batch is True, expected a whole number"),
-        ("[compile]\nbackend = 'numpy'", r"\[compile\] has an unknown key 'backend'; known are backends"),
+        ("[compile]\nbackend = 'numpy'", r"\[compile\] has an unknown key 'backend'; did you mean 'backends'"),
         ("[compile]\nthreads = 'two'", r"\[compile\]: threads is 'two', expected a whole number"),
-        ("[sampling]\ntemprature = 1", r"\[sampling\] has an unknown key 'temprature'"),
+        ("[sampling]\ntemprature = 1", r"\[sampling\] has an unknown key 'temprature'; did you mean 'temperature'"),
         ("[sampling]\ntemperature = -1", "temperature is -1.0; it must be"),
         ("[sampling", "cannot be read as TOML"),
+        ("[compiler]\ndtype = 'x'", r"unknown table \[compiler\]; did you mean 'compile'"),
+        ("[compile]\npipeline = ['lift_weights']", "pass 'lift_weights' requires 'canonical'"),
+        ("[compile]\npipeline = ['canonicalise', {rules = []}]", "does not name its pass"),
+        ("[compile]\nquantise = {a = 1}", "quantise has .'a', 1."),
+        ("[compile]\nmesh = {tp = '2'}", "mesh is .*, expected a table of axis = ranks"),
     ],
 )
 def test_a_bad_run_file_is_a_sentence_with_its_name(tmp_path: Path, content: str, message: str) -> None:
@@ -110,7 +180,7 @@ def test_the_run_file_in_the_readme_is_one(tmp_path: Path) -> None:
     path.write_text(readme.split("```toml\n")[1].split("```")[0])
     settings = Settings({}, path)
     assert settings.compile_config().backends == ("torch", "numpy")
-    assert {setting.origin for table in settings.tables.values() for setting in table.values()} == {"built-in", str(path)}
+    assert {setting.origin for table in settings.tables.values() for setting in table.values()} == {"built-in", f"file {path}"}
 
 
 def test_unreadable_run_files_and_flags_are_sentences(tmp_path: Path) -> None:

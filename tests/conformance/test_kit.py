@@ -8,12 +8,16 @@ import pytest
 from deltaloom.graph.errors import GraphError
 from deltaloom.graph.op import Array, Case, Draw, Op
 from deltaloom.graph.types import TensorType, bf16, f32, f64
+from deltaloom.ops.attention import Attention
 from deltaloom.ops.convolution import CausalConv1d
 from deltaloom.ops.delta_rule import GatedDeltaRule
 from deltaloom.ops.elementwise import Add
+from deltaloom.ops.fused_moe import SharedMoE
 from deltaloom.ops.laws import Idempotent, PaddingIsNoOp, PermutationEquivariant, Streaming
 from deltaloom.ops.linear import Linear
+from deltaloom.ops.moe import MoEExperts
 from deltaloom.ops.norm import L2Norm
+from deltaloom.ops.quantized import Quantize
 from deltaloom.testing import checks
 from deltaloom.testing.conformance import conformance
 from deltaloom.testing.draw import SeededDraw
@@ -65,6 +69,23 @@ class WrongBias(Linear):
     sharding: ClassVar[str] = "... i, o i, o -> ... o"
 
 
+class InterleavedExperts(MoEExperts):
+    sharding: ClassVar[str] = MoEExperts.sharding.replace("(2 i)", "(i 2)")
+
+
+class RepeatsOutside(Attention):
+    sharding: ClassVar[str] = Attention.sharding.replace("(h r)", "(r h)")
+
+
+class SharedOnEveryRank(SharedMoE):
+    sharding: ClassVar[str] = SharedMoE.sharding.replace("+", "")
+
+
+class CutsInsideBlocks(Quantize):
+    def factors(self, w: TensorType) -> str:
+        return "... -> ..."
+
+
 class ForgetsState(CausalConv1d):
     def reference(self, x: Array, weight: Array, state: Array) -> tuple[Array, Array]:
         y, new_state = super().reference(x, weight, state)
@@ -109,6 +130,10 @@ class Doubles(L2Norm):
         (checks.check_commutative, Difference),
         (checks.check_sharding_string, WrongFactors),
         (checks.check_sharding_string, WrongBias),
+        (checks.check_sharding_string, InterleavedExperts),
+        (checks.check_sharding_string, RepeatsOutside),
+        (checks.check_sharding_string, SharedOnEveryRank),
+        (checks.check_sharding_string, CutsInsideBlocks),
         (checks.check_laws, ForgetsState),
         (checks.check_laws, DecaysInPadding),
         (checks.check_laws, MixesBatch),

@@ -41,7 +41,7 @@ class ReferenceModel:
             type_, stored = self._types[name], self.checkpoint.read(name)
             if isinstance(type_.dtype, QuantType):
                 scale = np.asarray(self.checkpoint.read(name + SCALE_SUFFIX))
-                self._read[name] = QuantizedArray(np.asarray(stored), scale, type_.dtype.block)
+                self._read[name] = QuantizedArray(np.asarray(stored), scale, type_.dtype, type_.static_shape())
             else:
                 self._read[name] = stored.astype(type_.dtype.numpy)
         return self._read[name]

@@ -142,7 +142,7 @@ def test_other_texts_are_no_dimensions(text: str) -> None:
         f32[()],
         f32[3, ATOMS["a"] * 2 - 1],
         bool_[ATOMS["a"] + ATOMS["b"], 1],
-        TensorType(parse_type("f8_e4m3{block 128x64, scale f32}[256, 64]", {}).dtype, (128, 64)),
+        TensorType(parse_type("fp8_e4m3{block 128x64, scale f32}[256, 64]", {}).dtype, (128, 64)),
         f8_e4m3[(ATOMS["d"],)],
     ],
     ids=str,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from deltaloom.graph.errors import GraphError, VerifyError
 from deltaloom.graph.ir import Graph, Node
 from deltaloom.graph.order import topological
-from deltaloom.graph.rewriter import Rewriter
+from deltaloom.graph.rewriter import Rewriter, common_scope
 from deltaloom.graph.types import bf16, f32
 from deltaloom.ops.elementwise import Add, Cast, Mul, Silu
 from deltaloom.ops.shape import Split
@@ -220,3 +220,23 @@ def test_wrapping_by_an_identity_changes_nothing(data: st.DataObject, random_gra
     assert before.states.keys() == after.states.keys()
     for name, array in before.states.items():
         np.testing.assert_array_equal(array, after.states[name])
+
+
+def test_an_input_may_stand_behind_another_and_outputs_be_exchanged(region: Graph) -> None:
+    rewriter = Rewriter(region)
+    new = rewriter.add_input("delta", region.inputs[0].type, after=region.inputs[0])
+    rewriter.set_outputs({"x": new, "kept": named(region, "act").outputs[0]})
+    result = rewriter.result()
+    assert [value.name for value in result.inputs][:2] == [region.inputs[0].name, "delta"]
+    assert [(name, str(value)) for name, value in result.outputs] == [("x", "%delta"), ("kept", "%act")]
+
+
+def test_a_new_node_has_the_scope_that_the_replaced_ones_share(region: Graph) -> None:
+    nodes = [replace(named(region, "act"), scope=scope) for scope in ("mlp.shared.gate", "mlp.shared", "mlp.router")]
+    assert [common_scope(nodes[:count]) for count in (1, 2, 3)] == ["mlp.shared.gate", "mlp.shared", "mlp"]
+    assert common_scope([*nodes, named(region, "out")]) == "" == common_scope([])
+    rewriter = Rewriter(region)
+    act, gate = named(region, "act"), named(region, "gate")
+    made = rewriter.insert(Silu(), gate.inputs[:1], name="made", before=named(region, "out"), replaces=[act, gate])
+    node = named(rewriter.result(), made.name)
+    assert (node.scope, node.source, node.origins) == (common_scope([act, gate]), act.source, ("act", "gate", "up"))

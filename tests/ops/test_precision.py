@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 
 from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.types import QuantType, f8_e4m3, f32
 from deltaloom.ops.delta_gates import DeltaGates
 from deltaloom.ops.elementwise import OnePlus
 from deltaloom.ops.norm import GatedRMSNorm, L2Norm, RMSNorm
@@ -57,6 +58,6 @@ def test_beta_is_rounded_to_the_model_dtype_and_the_decay_is_not() -> None:
 
 def test_block_scales_cover_a_last_block_that_is_cut() -> None:
     data = np.ones((3, 5), ml_dtypes.float8_e4m3fn)
-    weight = QuantizedArray(data, np.array([[1, 2, 3], [4, 5, 6]], np.float32), (2, 2))
+    weight = QuantizedArray(data, np.array([[1, 2, 3], [4, 5, 6]], np.float32), QuantType(f8_e4m3, (2, 2), f32), data.shape)
     wanted = [[1, 1, 2, 2, 3], [1, 1, 2, 2, 3], [4, 4, 5, 5, 6]]
     assert Dequantize("float32").reference(weight).tolist() == wanted

@@ -55,7 +55,7 @@ def test_costs_are_expressions() -> None:
         (lambda: Linear().infer(f32[B, S, 8], f32[4, 9]), r"weight f32\[4, 9\] should be \[out, in\]: 'in' is 9, but 8 in x"),
         (lambda: Linear().infer(f32[B, S, 8], bf16[4, 8]), r"weight is bf16\[4, 8\], expected f32 as x"),
         (lambda: Linear().infer(i64[B, S, 8], i64[4, 8]), r"x is i64\[batch, seq, 8\], expected f64, f32, f16 or bf16"),
-        (lambda: Linear().infer(f32[4, 8], QuantType(f8_e4m3, (128, 128), f32)[4, 8]), "expected f32 as x"),
+        (lambda: Linear().infer(f32[4, 8], QuantType(f8_e4m3, (128, 128), f32)[4, 9]), "'in' is 9, but 8 in x"),
         (lambda: RMSNorm(eps=1e-6, zero_centred=True).infer(bf16[B, 8], bf16[8]), r"expected f32 \(lifted by one_plus\)"),
         (lambda: RouterTopK(k=9, normalize=True).infer(f32[B, S, 8]), r"k is 9, but logits f32\[batch, seq, 8\] have 8 experts"),
         (lambda: CausalConv1d("relu").infer(f32[B, S, 8], f32[8, 1, 4], f32[B, 8, 3]), "activation is 'relu'"),

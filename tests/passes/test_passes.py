@@ -130,7 +130,8 @@ def test_specialise_fixes_the_sequence_length_in_every_type() -> None:
 
 
 def lifted_mlp(width: int = 6) -> Any:
-    return run_pipeline(mlp(width), SHARED, Context())
+    """Without fusions, so that there are several nodes."""
+    return run_pipeline(mlp(width), (Canonicalise(), PackSiblings(), LiftWeights()), Context())
 
 
 def test_assign_takes_the_first_kernel_that_accepts_and_records_refusals() -> None:
@@ -270,7 +271,8 @@ def test_the_script_in_a_repro_folder_fails_as_the_pass_did(tmp_path: Path) -> N
 def test_the_driver_gives_one_ledger_row_a_pass() -> None:
     driver = Driver(mlp(), toy_context(Toy("numpy")), planned=(Variant(False, False, ("y",)),))
     driver.program(Variant(False, False, ("y",)))
-    assert [row.name for row in driver.ledgers["shared"]] == ["canonicalise", "pack_siblings", "lift_weights"]
+    assert [row.name for row in driver.ledgers["shared"]] == [step.name for step in SHARED]
+    assert driver.ledgers["shared"][-1].after == {"mlp": 4}
     assert [row.name for row in driver.ledgers["prefill -> y"]][-2:] == ["assign", "transfers"]
 
 

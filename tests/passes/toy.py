@@ -30,7 +30,7 @@ class Toy:
         self.name = name
         self.finished: list[str] = []
         names = [op.name for op in ops if only is None or op.name in only]
-        self._kernels = [*first, *(Kernel(op, name, by_reference, title="reference") for op in names)]
+        self._kernels = [*first, *(Kernel(op, name, by_reference, title="reference", quantised=True) for op in names)]
 
     def kernels(self) -> Sequence[Kernel]:
         return self._kernels
