@@ -9,6 +9,7 @@ from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.ir import Call, Graph, Node, Placement, Refusal, Value
 from deltaloom.graph.rewriter import Rewriter
+from deltaloom.ops.fused import Fused
 from deltaloom.passes.kernel import Kernel
 from deltaloom.passes.pipeline import Context, Pass
 
@@ -53,8 +54,9 @@ class Assign(Pass):
     def _place(self, node: Node, graph_name: str, ctx: Context) -> Placement | None:
         """The placement of ``node``, None to descend; ``CompileError`` lists every refusal where neither is possible."""
         refusals: list[Refusal] = []
+        override = _override_inside(node, ctx)
         for kernel in candidates(node, ctx):
-            reason = kernel.refusal(node) or self._layout_refusal(kernel, node, graph_name)
+            reason = override or kernel.refusal(node) or self._layout_refusal(kernel, node, graph_name)
             if reason is None:
                 return Placement(kernel.backend, kernel.name, tuple(refusals), kernel.layouts(node))
             refusals.append(Refusal(kernel.name, reason))
@@ -83,6 +85,19 @@ class Assign(Pass):
 def order_for(node: Node, ctx: Context) -> tuple[str, ...]:
     """The backends to ask for a node, in order: its op's override, otherwise the configured order."""
     return tuple(ctx.config.kernels.get(node.op.name, tuple(backend.name for backend in ctx.backends)))
+
+
+def _override_inside(node: Node, ctx: Context) -> str | None:
+    """Why ``node`` has to be taken apart: the configuration says for one of its parts, and not for itself, who runs it."""
+    if not ctx.config.kernels or node.op.name in ctx.config.kernels:
+        return None
+    parts = decomposition(node) if isinstance(node.op, Fused) else None
+    for part in parts.nodes if parts else ():
+        if part.op.name in ctx.config.kernels:
+            return f"kernels.{part.op.name} is set, and {node.op.name} contains that op; set kernels.{node.op.name} to keep it whole"
+        if (reason := _override_inside(part, ctx)) is not None:
+            return reason
+    return None
 
 
 def candidates(node: Node, ctx: Context) -> Iterator[Kernel]:

@@ -10,6 +10,7 @@ import pytest
 import deltaloom
 from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.driver import Variant
+from deltaloom.runtime.arena import no_buffers
 
 MIXES = {
     "linears on torch": CompileConfig(backends=("numpy", "torch"), kernels={"linear": ("torch",)}),
@@ -57,5 +58,6 @@ def test_the_emitted_source_runs_as_it_stands(backend: str) -> None:
     _, weights = model.main._bound(variant)
     home = model.ctx.backends[0]
     given = [home.from_host(a) for a in (tokens(1), np.full((2, 1), 9))]
-    (found,) = space["qwen3_next"](*given, weights, start.fixed, start.append(1))
+    buffers = () if program.memory is None else (no_buffers(program),)
+    (found,) = space["qwen3_next"](*given, weights, start.fixed, start.append(1), *buffers)
     np.testing.assert_array_equal(home.to_host(found), want)
