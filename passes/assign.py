@@ -94,7 +94,7 @@ def _override_inside(node: Node, ctx: Context) -> str | None:
     parts = decomposition(node) if isinstance(node.op, Fused) else None
     for part in parts.nodes if parts else ():
         if part.op.name in ctx.config.kernels:
-            return f"kernels.{part.op.name} is set, and {node.op.name} contains that op; set kernels.{node.op.name} to keep it whole"
+            return f"kernels.{part.op.name} is set, and {node.op.name} contains that op; set kernels.{node.op.name} too to keep it"
         if (reason := _override_inside(part, ctx)) is not None:
             return reason
     return None
