@@ -76,11 +76,13 @@ class Executor:
         return {name: home.to_host(tensor) for name, tensor in zip(program.outputs, results, strict=True)}
 
     def _call(self, variant: Variant, program: Program, arguments: tuple[Any, ...], state: ModelState) -> tuple[Tensor, ...]:
-        """Run a program, in an arena if it takes buffers. Results never lie in it."""
-        if program.memory is None:
-            return program.run(*arguments)
-        arena = self._arenas.take(program, variant, {"batch": state.batch, "past": state.capacity})
-        results = program.run(*arguments, arena.buffers)
+        """Run a program, in an arena if it takes buffers; results never lie in it. Exponentials of activations may overflow:
+        what follows from infinity is right, so no warning is due."""
+        with np.errstate(over="ignore"):
+            if program.memory is None:
+                return program.run(*arguments)
+            arena = self._arenas.take(program, variant, {"batch": state.batch, "past": state.capacity})
+            results = program.run(*arguments, arena.buffers)
         self._arenas.give(arena)
         return results
 

@@ -156,9 +156,9 @@ def shared_moe(
 def _shared_row(sums: Array, x: Array, gate: float, gate_up: Array, down: Array, both: Array, middle: Array, extra: Array) -> None:
     """The shared expert of one small token, [1, ...] everywhere."""
     inner = len(down)
-    np.matmul(x, gate_up, out=both)
+    x[0].dot(gate_up, both[0])
     swiglu_into(middle, both[:, :inner], both[:, inner:])
-    np.matmul(middle, down, out=extra)
+    middle[0].dot(down, extra[0])
     extra *= 1 / (1 + exp(-max(gate, -700.0)))
     sums += extra
 
@@ -201,14 +201,14 @@ def _one_token(
 
     def run(part: slice) -> None:
         for expert, target in zip(experts[part], both[part]):
-            np.matmul(row, gate_up[expert], out=target)
+            row.dot(gate_up[expert], target)
         swiglu_into(middle[part], both[part, :inner], both[part, inner:])
         for expert, given, target in zip(experts[part], middle[part], results[part]):
-            np.matmul(given, down[expert], out=target)
+            given.dot(down[expert], target)
 
     row = x[0]
     share(run, len(experts), worth=3 * len(experts) * inner * x.shape[1] >= STREAM)
-    np.matmul(weights[order], results, out=out[0])
+    weights[order].dot(results, out[0])
 
 
 def _tokens(

@@ -1,5 +1,6 @@
 """``deltaloom.compile``: programs, graphs by stage, ledgers and reasons of any graph; and weights for it."""
 
+import warnings
 from functools import cache
 
 import numpy as np
@@ -141,3 +142,14 @@ def test_serving_programs_come_from_the_same_driver() -> None:
         tiny().serving("prefill")
     with pytest.raises(GraphError, match="no output 'nothing'"):
         tiny().serving("mixed", outputs=("nothing",))
+
+
+def test_a_program_does_not_warn_of_activations_that_overflow() -> None:
+    g = GraphBuilder("far")
+    g.output("y", g.silu(g.input("x", f32[BATCH, SEQ, 2])))
+    bound = deltaloom.compile(g.build()).bind({})
+    x = np.array([[[-1000.0, 1000.0]]], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (y,) = bound.run({"x": x}, bound.new_state(1), None, ("y",)).values()
+    assert y.tolist() == [[[0.0, 1000.0]]]
