@@ -10,7 +10,7 @@ import torch
 
 from deltaloom.backends.torch.attention import append_and_attend
 from deltaloom.backends.torch.delta_rule import advance
-from deltaloom.backends.torch.linear import product
+from deltaloom.backends.torch.linear import in_parts
 from deltaloom.backends.torch.moe import mix_experts as mix_now
 from deltaloom.backends.torch.table import wide
 from deltaloom.graph.op import Op
@@ -28,15 +28,15 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def threads_for(x: torch.Tensor) -> int:
-    """Among how many threads a product is cut. The code must not depend on the number of rows: one token is few, a prompt many."""
-    return _threads() if x.dim() < 2 or x.shape[-2] == 1 else 1
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., in] times weight [in, out]. The code must not depend on the number of rows: one token is few, a prompt is many."""
+    return in_parts(x, weight, _threads() if x.dim() < 2 or x.shape[-2] == 1 else 1)
 
 
 @table.kernel("linear", when=(is_param("weight"),), wants={"weight": (1, 0)})
 def linear(op: Op, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The weight comes stored ``[in, out]``."""
-    y = product(x, weight, threads=threads_for(x))
+    y = product(x, weight)
     return y if bias is None else y + bias
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from deltaloom.backends.torch import delta_net, moe, norm, rope, swiglu
-from deltaloom.backends.torch.compiled import attend, mix_experts, table, threads_for
-from deltaloom.backends.torch.linear import product
+from deltaloom.backends.torch.compiled import attend, mix_experts, product, table
 from deltaloom.backends.torch.table import wide
 from deltaloom.graph.op import Op
 from deltaloom.ops.fused_attention import GatedAttention
@@ -55,6 +54,5 @@ def shared_moe(
     shared_down: torch.Tensor,
 ) -> torch.Tensor:
     """Routed experts in a custom op, the shared one outside of it."""
-    threads = threads_for(x)
-    shared = product(swiglu.swiglu(product(x, shared_gate_up, threads=threads)), shared_down, threads=threads)
+    shared = product(swiglu.swiglu(product(x, shared_gate_up)), shared_down)
     return mix_experts(x, weights, ids, gate_up, down) + shared * torch.sigmoid(gate)

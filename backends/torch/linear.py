@@ -1,8 +1,7 @@
 """Matrix products of the torch backend.
 
-Measured (two cores, float32): for a single row one thread reads the weight, at 26 GB/s where it is stored ``[in, out]`` and at 20
-where it is stored ``[out, in]``. As a batch of products over parts of ``in``, one a thread, it comes at 38 to 48 GB/s, and 2 to
-32 rows take 0.5 to 0.9 of the time; from 128 rows on both ways are level.
+Measured (two cores, float32): MKL's product of few rows reads the weight with one thread. As a batch of products over parts of ``in``,
+one a thread, 2 to 32 rows take 0.5 to 0.9 of the time; from 128 rows on both ways are level. For one row see ``bags.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from deltaloom.backends.torch import bags
 from deltaloom.backends.torch.table import table
 from deltaloom.graph.op import Op
 from deltaloom.passes.kernel import is_param
@@ -24,17 +24,21 @@ PART = 64
 @table.kernel("linear", when=(is_param("weight"),), wants={"weight": (1, 0)})
 def linear_packed(op: Op, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The weight comes stored ``[in, out]``."""
-    y = product(x, weight, threads=threads_for(x))
+    y = product(x, weight)
     return y if bias is None else y + bias
 
 
-def threads_for(x: torch.Tensor) -> int:
-    """Among how many threads a product with the rows of x is cut."""
-    return torch.get_num_threads() if x.numel() <= FEW * x.shape[-1] else 1
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., in] times weight [in, out], contiguous, in the way that is fast for the number of rows."""
+    if bags.serves(x):
+        return bags.row_product(x, weight)
+    if x.numel() <= FEW * x.shape[-1]:
+        return in_parts(x, weight, torch.get_num_threads())
+    return linear(x, weight.t())
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, *, threads: int) -> torch.Tensor:
-    """x [..., in] times weight [in, out], cut among ``threads`` where that pays."""
+def in_parts(x: torch.Tensor, weight: torch.Tensor, threads: int) -> torch.Tensor:
+    """x [..., in] times weight [in, out] as the sum of products of parts of ``in``, one a thread if that many are possible."""
     width, columns = weight.shape
     count = parts(x, width, threads)
     if count == 1:

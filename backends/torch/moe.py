@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import embedding_bag
 
-from deltaloom.backends.torch.linear import product, threads_for
+from deltaloom.backends.torch.bags import chosen_products
+from deltaloom.backends.torch.linear import product
 from deltaloom.backends.torch.swiglu import swiglu
 from deltaloom.backends.torch.table import table, wide
 from deltaloom.graph.op import Op
@@ -92,8 +92,7 @@ def shared_moe(
     shared_down: torch.Tensor,
 ) -> torch.Tensor:
     """The shared expert's part is added to that of the others in place."""
-    threads = threads_for(x)
-    shared = product(swiglu(product(x, shared_gate_up, threads=threads)), shared_down, threads=threads)
+    shared = product(swiglu(product(x, shared_gate_up)), shared_down)
     return mix_experts(x, weights, ids, gate_up, down).add_(shared.mul_(torch.sigmoid(gate)))
 
 
@@ -111,24 +110,11 @@ def _token_by_token(
 ) -> torch.Tensor:
     """Every chosen expert of every token by itself, without asking the host which these are."""
     tokens, k = ids.shape
-    chosen = ids.reshape(-1, 1)
+    chosen = ids.reshape(-1)
     inputs = x[:, None].expand(tokens, k, x.shape[1]).reshape(tokens * k, x.shape[1])
-    hidden = swiglu(_chosen_products(inputs, chosen, gate_up))
-    results = _chosen_products(hidden, chosen, down).view(tokens, k, -1)
+    hidden = swiglu(chosen_products(inputs, chosen, gate_up))
+    results = chosen_products(hidden, chosen, down).view(tokens, k, -1)
     return torch.bmm(weights[:, None], results)[:, 0]
-
-
-def _chosen_products(x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Row i of x [n, in] times matrix ``chosen[i, 0]`` of weight [E, in, out].
-
-    A vector times a matrix is a weighted sum of rows. On a CPU torch's embedding bag computes such sums from rows where they
-    lie, shared out among the threads: one token, 8 of 64 experts with 1024 x 256 and 128 x 1024, 0.26 ms, where a call of ``mv``
-    for each took 0.52."""
-    if x.device.type != "cpu":
-        return torch.bmm(x[:, None], weight[chosen[:, 0]])[:, 0]
-    width = weight.shape[1]
-    rows = torch.add(torch.arange(width), chosen, alpha=width)
-    return embedding_bag(rows, weight.flatten(0, 1), mode="sum", per_sample_weights=x)
 
 
 def _sorted(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
