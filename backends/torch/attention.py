@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from deltaloom.backends.torch.bags import settle
 from deltaloom.backends.torch.table import table, wide
 from deltaloom.ops.attention import Attention
 from deltaloom.ops.fused_attention import GatedAttention
@@ -69,6 +70,8 @@ def append_and_attend(
     values.narrow(2, past, seq).copy_(v.transpose(1, 2))
     if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
         valid = None
+    if seq == 1:
+        settle(q.device)
     out = q.new_empty(batch, seq, heads, v.shape[3])
     step = max(1, min(ROWS, SCORES // (batch * heads * (past + seq))))
     for start in range(0, seq, step):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from deltaloom.backends.torch.bags import settle
 from deltaloom.backends.torch.table import table
 from deltaloom.ops.delta_rule import GatedDeltaRule
 
@@ -82,6 +83,7 @@ def step(pair: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, beta: tor
     spread = pair.transpose(1, 2)[:, :, None].expand(batch, key_heads, heads // key_heads, 2, key_dim)
     rows = spread.reshape(-1, 2, key_dim)
     decay = log_decay.exp()[..., None, None]
+    settle(state.device)
     read = torch.bmm(rows, state.view(-1, key_dim, value_dim)).view(batch, heads, 2, value_dim) * decay
     query, key = rows.view(batch, heads, 2, key_dim).unbind(2)
     error = (v - read[:, :, 1]) * beta[..., None]

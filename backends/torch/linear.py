@@ -1,7 +1,7 @@
 """Matrix products of the torch backend.
 
-Measured (two cores, float32): MKL's product of few rows reads the weight with one thread. As a batch of products over parts of ``in``,
-one a thread, 2 to 32 rows take 0.5 to 0.9 of the time; from 128 rows on both ways are level. For one row see ``bags.py``.
+Measured (two cores, float32): MKL's product of few rows reads the weight with one thread. As a batch of products over parts of
+``in``, one a thread, 2 to 32 rows take 0.5 to 0.9 of the time; from 128 rows on both ways are level. For one row see ``bags.py``.
 """
 
 from __future__ import annotations

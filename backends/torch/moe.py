@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deltaloom.backends.torch.bags import chosen_products
+from deltaloom.backends.torch.bags import chosen_products, settle
 from deltaloom.backends.torch.linear import product
 from deltaloom.backends.torch.swiglu import swiglu
 from deltaloom.backends.torch.table import table, wide
@@ -114,6 +114,8 @@ def _token_by_token(
     inputs = x[:, None].expand(tokens, k, x.shape[1]).reshape(tokens * k, x.shape[1])
     hidden = swiglu(chosen_products(inputs, chosen, gate_up))
     results = chosen_products(hidden, chosen, down).view(tokens, k, -1)
+    if tokens > 1:
+        settle(x.device)
     return torch.bmm(weights[:, None], results)[:, 0]
 
 

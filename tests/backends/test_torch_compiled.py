@@ -73,5 +73,7 @@ def test_custom_ops_declare_what_they_return_and_write():
         )
         torch.library.opcheck(compiled._gated_delta_rule, (q, k, v, -decay.abs(), beta, state, 0.5), test_utils=checks)
         x, weights, gate_up, down = tensors((1, seq, 5), (1, seq, 2), (4, 5, 6), (4, 3, 5))
+        for shape in ((1, 1, 128), (2, seq, 128)):
+            torch.library.opcheck(compiled._product, tuple(tensors(shape, (128, 192))), test_utils=checks)
         ids = torch.tensor(np.arange(2 * seq).reshape(1, seq, 2) % 4, dtype=torch.int32)
         torch.library.opcheck(compiled._moe_experts, (x, weights, ids, gate_up, down), test_utils=checks)

@@ -8,13 +8,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import deltaloom.ops  # noqa: E402, F401 - fills the registry
-from deltaloom.backends.torch import attention, convolution, delta_rule, linear, moe  # noqa: E402
+from deltaloom.backends.torch import attention, bags, convolution, delta_rule, linear, moe  # noqa: E402
 from deltaloom.backends.torch.backend import TorchBackend  # noqa: E402
 from deltaloom.graph.op import Case  # noqa: E402
 from deltaloom.graph.quantized import QuantizedArray  # noqa: E402
 from deltaloom.graph.registry import ops  # noqa: E402
 from deltaloom.graph.types import bf16, f16, f32, f64  # noqa: E402
 from deltaloom.ops.fused import Fused  # noqa: E402
+from deltaloom.passes.kernel import Appended  # noqa: E402
 from deltaloom.testing.draw import SeededDraw  # noqa: E402
 from deltaloom.testing.evaluate import concrete, in_float64, one_node, reference, type_of  # noqa: E402
 from deltaloom.testing.kernels import accepted_node, run_kernel  # noqa: E402
@@ -221,9 +222,9 @@ def test_experts_on_both_sides_of_the_border(tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [128, 192, 191, 127, 1])
-@pytest.mark.parametrize("rows", [1, 2, 64, 65])
-def test_products_in_parts(rows, width, monkeypatch):
-    """Few rows are cut into as many equal parts as there are threads, if the parts are large enough."""
+@pytest.mark.parametrize("rows", [2, 64, 65])
+def test_products_of_few_rows_in_parts(rows, width, monkeypatch):
+    """Cut into as many equal parts as there are threads, if the parts are large enough and the dtype is not narrow."""
     batches = []
     bmm = torch.bmm
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -235,6 +236,24 @@ def test_products_in_parts(rows, width, monkeypatch):
             check(named("linear"), Case(ops.get("linear")(), given), dtype)
     cut = rows <= linear.FEW and width in (128, 192)
     assert batches == ([2] * 4 if cut else [])  # two dtypes, with and without bias
+
+
+@pytest.mark.parametrize(("columns", "count"), [(1, 1), (127, 1), (128, 2), (129, 1), (192, 3), (256, 2), (65, 1), (195, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_one_row_are_bags_of_columns(columns, count, dtype, monkeypatch):
+    """As many equal parts as there are threads, if they are wide enough; float64 has no fast bags."""
+    found = []
+    embedding_bag = bags.embedding_bag
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(
+        bags, "embedding_bag", lambda rows, *given, **named: found.append(len(rows)) or embedding_bag(rows, *given, **named)
+    )
+    draw = SeededDraw(columns)
+    for shape in ((1, 1, 7), (1, 7)):
+        check(
+            named("linear"), Case(ops.get("linear")(), (draw.normal(*shape), draw.normal(columns, 7), draw.normal(columns))), dtype
+        )
+    assert found == ([] if dtype == f64 else [count] * 2)
 
 
 def test_no_more_parts_than_threads():
@@ -286,6 +305,43 @@ def test_delta_net_writes_the_states_that_it_was_given():
     assert one[1] is conv and one[2] is delta and other[1] is strided[0] and other[2] is strided[1]
     for left, right in zip(one, other, strict=True):
         torch.testing.assert_close(left, right)
+
+
+def one_token_case(name):
+    """A case of a fused op with one sequence and one token."""
+    draw = SeededDraw(1)
+    if name == "gated_delta_net":
+        return delta_net_case(draw, 1, 2, 2, 4, 4)
+    cases = (ops.get(name).cases(SeededDraw(seed)) for seed in range(2000))
+    single = (case for case in cases if case.arrays[0].shape[:2] == (1, 1))
+    return next(case for case in single if accepted_node(named(name), case.op, concrete(case, f32)) is not None)
+
+
+ONE_TOKEN = (
+    *("add_rms_norm", "packed_swiglu", "gated_delta_net", "qkv_norm_rope"),
+    *("gated_attention", "gated_router", "moe_experts", "shared_moe"),
+)
+
+
+@pytest.mark.parametrize("name", ONE_TOKEN)
+def test_one_token_on_another_device_waits_for_nothing(name):
+    """Tensors of the device "meta" have no numbers: what mixes in tensors of the CPU, or asks for a number on the host, raises."""
+    case, kernel = one_token_case(name), named(name)
+    arrays = concrete(case, f32)
+    node = accepted_node(kernel, case.op, arrays)
+    layouts = dict(kernel.layouts(node))
+    given = []
+    for position, (argument, array) in enumerate(zip(case.op.input_names(), arrays, strict=False)):
+        tensor = torch.from_numpy(np.ascontiguousarray(array.transpose(layouts.get(position, range(array.ndim))))).to("meta")
+        past = tensor.shape[2] if argument in case.op.appends else 0
+        room = [*tensor.shape[:2], past + 1, *tensor.shape[3:]]
+        given.append(Appended(tensor.new_empty(room), past) if argument in case.op.appends else tensor)
+    results = kernel.run(case.op, *given)
+    results = results if isinstance(results, tuple) else (results,)
+    appended = {case.op.updates[argument] for argument in case.op.appends}
+    shapes = [tuple(v.type.shape) for position, v in enumerate(node.outputs) if position not in appended]
+    assert [tuple(result.shape) for result in results] == shapes
+    assert {result.device.type for result in results} == {"meta"}
 
 
 def test_every_kernel_has_a_unique_name():

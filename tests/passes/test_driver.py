@@ -153,7 +153,10 @@ import json, resource, sys, time
 import deltaloom
 compiled = deltaloom.compile(deltaloom.build_graph(sys.argv[1]).main)
 programs = {kind: compiled.program(kind, outputs=("last_logits",)).graph for kind in ("prefill", "decode")}
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+try:  # ru_maxrss counts what the parent held when it forked
+    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bodies = {name: len(region.nodes) for name, region in programs["decode"].regions.items()}
 print(json.dumps({"cpu": time.process_time(), "bytes": peak, "bodies": bodies}))
 """
