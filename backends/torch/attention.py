@@ -68,8 +68,6 @@ def append_and_attend(
     batch, seq, heads, _ = q.shape
     keys.narrow(2, past, seq).copy_(k.transpose(1, 2))
     values.narrow(2, past, seq).copy_(v.transpose(1, 2))
-    if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
-        valid = None
     if seq == 1:
         settle(q.device)
     out = q.new_empty(batch, seq, heads, v.shape[3])

@@ -59,3 +59,22 @@ def test_a_weight_that_is_wanted_in_another_layout_is_a_parameter(name, kernel):
                 accepted += 1
                 assert all(node.inputs[position].kind == "param" for position, _ in kernel.layouts(node)), kernel.name
     assert accepted
+
+
+MOVES = {"zeros_like", "unflatten", "flatten", "split", "concat", "embedding", "mask_padding"}
+"""NumPy kernels that only move numbers, and so take any dtype; `add` and `mul` round once, as their references do."""
+
+
+@pytest.mark.parametrize("dtype", (bf16, f16), ids=str)
+@pytest.mark.parametrize(
+    "kernel", [case.values[1] for case in KERNELS if case.values[0] == "numpy"], ids=lambda k: f"{k.op}-{k.name}"
+)
+def test_a_numpy_kernel_that_rounds_in_between_refuses_narrow_dtypes(kernel, dtype):
+    """Their references say where a narrow dtype is rounded; kernels that compute in one go do not, and so must leave it alone."""
+    taken = 0
+    for seed in range(12):
+        case = ops.get(kernel.op).cases(SeededDraw(seed))
+        arrays = concrete(case, dtype)
+        node = one_node(case.op, tuple(map(type_of, arrays)), params=True).nodes[0]
+        taken += any(value.type.dtype == dtype for value in node.inputs) and kernel.refusal(node) is None
+    assert (taken > 0) == (kernel.op in MOVES | {"add", "mul"}), f"{taken} of 12 cases"

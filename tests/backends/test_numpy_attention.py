@@ -5,10 +5,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from deltaloom.backends.numpy import attention
+import deltaloom.ops  # noqa: F401 - fills the registry
+from deltaloom.backends.numpy import attention, elementwise
 from deltaloom.backends.numpy.threads import use_threads
 from deltaloom.ops.attention import Attention
+from deltaloom.ops.fused_attention import GatedAttention
 from deltaloom.passes.kernel import Appended
+from deltaloom.testing.evaluate import reference
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
@@ -83,6 +86,19 @@ def test_one_token(past, masked):
 def test_large_calls_over_threads():
     check(1, 700, 130, 3, 2, 32, 32)
     check(1, 40_000, 1, 3, 2, 64, 64, kernel=attention.attention_step)
+
+
+def test_a_gate_of_many_rows_is_applied_block_by_block(monkeypatch):
+    monkeypatch.setattr(elementwise, "BLOCK", 64)
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((2, 9, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    gate = rng.standard_normal((2, 9, 64)).astype(np.float32)
+    caches = [np.zeros((2, 2, 0, 16), np.float32)] * 2
+    states = [Appended(np.empty((2, 2, 9, 16), np.float32), 0) for _ in caches]
+    op = GatedAttention(scale=0.25)
+    wide = [array.astype(np.float64) for array in (q, k, v, gate, *caches)]
+    found = attention.gated_attention_blocks(op, q, k, v, gate, *states)
+    np.testing.assert_allclose(found, reference(op, wide)[0], atol=1e-5)
 
 
 def test_large_scores_do_not_overflow(small_blocks):

@@ -197,3 +197,10 @@ def test_products_are_the_same_with_any_number_of_threads():
         shared_product(x, weight, results[-1])
     assert np.allclose(results[0], x @ weight, rtol=1e-4, atol=1e-4)
     assert np.allclose(results[0], results[1], rtol=1e-5, atol=1e-5) and np.allclose(results[0], results[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (3, 3), (8, 8), (64, 8)])
+def test_a_pool_has_a_thread_a_core_and_at_most_eight(monkeypatch, cores, expected):
+    monkeypatch.setattr(threads, "cores", lambda: cores)
+    monkeypatch.setattr(threads, "single_threaded_blas", lambda: True)
+    assert threads.use_threads(None).n == expected
