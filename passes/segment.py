@@ -24,6 +24,8 @@ class Transfers(Pass):
         return self.each(graph, ctx)
 
     def region(self, graph: Graph, ctx: Context) -> Graph:
+        if not graph.nodes:
+            return graph
         home = ctx.backends[0].name
         where: dict[Value, str] = dict.fromkeys(graph.inputs, home)
         copies: dict[tuple[Value, str], Value] = {}

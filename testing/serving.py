@@ -37,10 +37,11 @@ class ServedModel:
         block_size: int = 4,
         drafts: int = 3,
         skip: tuple[str, ...] = (),
+        quantise: str | None = None,
     ) -> None:
-        """``skip``: passes to leave out."""
+        """``skip``: passes to leave out; ``quantise`` as in ``CompileConfig``."""
         config = read_config(folder)
-        self.ctx = context(CompileConfig(backends=(backend,), dtype=dtype, threads=1, skip=skip), config)
+        self.ctx = context(CompileConfig(backends=(backend,), dtype=dtype, threads=1, skip=skip, quantise=quantise or {}), config)
         checkpoint = Checkpoint.open(folder)
         graphs = build_graph(config, dtype=self.ctx.backends[0].compute_dtype(dtype), names=checkpoint.names())
         graph = graphs.main if part == "main" else graphs.mtp

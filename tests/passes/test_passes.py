@@ -221,6 +221,17 @@ def test_mixed_backends_run_with_explicit_transfers(second: tuple[str, ...]) -> 
     assert "away.from_host(home.to_host(" in program.source
 
 
+def test_a_graph_without_nodes_gives_its_input() -> None:
+    g = GraphBuilder("idle")
+    g.output("y", g.input("x", f32[2, 3]))
+    ctx, x = toy_context(Toy("home"), Toy("away")), RNG.standard_normal((2, 3), np.float32)
+    placed = run_pipeline(
+        run_pipeline(g.build(), SHARED, ctx).graph, (Assign(), Transfers()), ctx, properties=frozenset({"lifted"})
+    )
+    (y,) = emit(placed.graph, ctx, "test").run(x, {"": ()}, {"": ()}, {"": ()})
+    assert (y == x).all()
+
+
 def test_a_compiling_backend_gets_its_segments_as_functions_to_finish() -> None:
     compiler = Toy("inductor")
     compiler.compiles = True

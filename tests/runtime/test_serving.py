@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deltaloom
+from deltaloom.graph.types import QuantType
 from deltaloom.models.bundled import model_folder
 from deltaloom.runtime.packing import Segment
 from deltaloom.testing.serving import ServedModel
@@ -28,8 +29,9 @@ CLOSE = {"float64": 1e-9, "float32": 1e-3}
 class Alone:
     """The logits of a whole sequence by the base program, in the dtype of the programs."""
 
-    def __init__(self, folder: Path, part: str, backend: str, dtype: str) -> None:
-        self.model = deltaloom.load(folder, backend=backend, dtype=dtype)
+    def __init__(self, folder: Path, part: str, backend: str, dtype: str, quantise: str = "") -> None:
+        config = deltaloom.CompileConfig(backends=(backend,), dtype=dtype, quantise=quantise or {})
+        self.model = deltaloom.load(folder, config=config)
         self.vocabulary = self.model.config.vocab_size
         self.known: dict[tuple[int, ...], Any] = {}
         rng = np.random.default_rng(4)
@@ -77,6 +79,15 @@ def test_so_it_is_without_fusion_in_other_dtypes_and_on_other_backends(backend: 
         pytest.importorskip("torch")
     for seed in range(3):
         assert world("next_base", "main", seed, backend, dtype, fused=fused).steps(12) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("quantise", ["int8", "int4", "fp8"])
+def test_so_it_is_with_quantised_weights(quantise: str) -> None:
+    served = ServedModel(GOLDEN / "next_base", outputs=("logits", "last_logits"), quantise=quantise)
+    assert any(isinstance(value.type.dtype, QuantType) for value in served.programs[1].graph.regions["linear_layer"].params)
+    alone = Alone(GOLDEN / "next_base", "main", "numpy", "float64", quantise)
+    for seed in range(2):
+        assert World(served, alone, vocabulary=alone.vocabulary, seed=seed).steps(12) < CLOSE["float64"]
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
