@@ -37,6 +37,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks $(wildcard examples/*.py)
+	$(BIN)/mypy $(dir $(wildcard examples/plugins/*/src/*/__init__.py)) $(wildcard examples/plugins/*/*.py)
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py $(MUTANTS)

@@ -1,10 +1,12 @@
-"""The backends by name. Each is imported when it is first asked for, so that NumPy users never import torch."""
+"""The backends by name, plugins' too. Each is imported when it is first asked for, so that NumPy users never import torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 
+from deltaloom.graph import plugins
 from deltaloom.graph.errors import CompileError
 from deltaloom.passes.kernel import Backend
 
@@ -22,11 +24,16 @@ NEEDS: dict[str, str] = {"torch": "torch", "inductor": "torch"}
 """Name -> the package that has to be installed for it."""
 
 
-def backend(name: str, *, device: str | None = None, threads: int | None = None) -> Backend:
-    """The backend ``name``. ``CompileError`` if there is none of that name, its package is not installed, or it cannot run on
-    ``device``; ``ConfigError`` for a bad number of threads."""
+def backend(name: str, *, device: str | None = None, threads: int | None = None, use: Mapping[str, str] | None = None) -> Backend:
+    """The backend ``name``, built in or of a plugin; ``use`` says whose (``CompileConfig.use``). ``CompileError`` if there is none
+    of that name, its package is not installed, or it cannot run on ``device``; ``PluginError`` if its plugin is broken, or
+    several plugins offer it; ``ConfigError`` for a bad number of threads."""
+    offer = plugins.find("backends", name, built_in=name in TABLE, use=use)
+    if offer is not None:
+        made: Backend = backend_class(offer)(device=device, threads=threads)
+        return made
     if name not in TABLE:
-        raise CompileError(f"there is no backend '{name}'; known are {', '.join(TABLE)}")
+        raise CompileError(unknown(name))
     package = NEEDS.get(name)
     if package is not None and find_spec(package) is None:
         raise CompileError(
@@ -38,5 +45,29 @@ def backend(name: str, *, device: str | None = None, threads: int | None = None)
         found = getattr(import_module(module), attribute)
     except ImportError as error:
         raise CompileError(f"the backend '{name}' cannot be imported: {error}; repair its package or use --backend numpy") from None
-    made: Backend = found(device=device, threads=threads)
+    made = found(device=device, threads=threads)
     return made
+
+
+def names() -> tuple[str, ...]:
+    """Every backend that there is: those built in, then those of plugins, which are loaded for it."""
+    return tuple(dict.fromkeys([*TABLE, *(offer.name for offer in plugins.offers("backends"))]))
+
+
+def unknown(name: str) -> str:
+    """What to say of a backend that nobody has."""
+    return f"there is no backend '{name}'; known are {', '.join(names())}{plugins.shortfall()}"
+
+
+def backend_class(offer: plugins.Offer) -> Callable[..., Backend]:
+    """The class of a plugin's backend. ``PluginError`` if it cannot be imported or is no such class."""
+
+    def fault(found: object) -> str:
+        if not callable(found):
+            return f"it is {found!r}, expected a class that is called with device and threads"
+        own = getattr(found, "name", offer.name)
+        return "" if own == offer.name else f"the class calls itself '{own}'; its name has to be '{offer.name}'"
+
+    found = offer.load(fault)
+    assert callable(found)
+    return found

@@ -1,6 +1,7 @@
 """Prefill and decode speed of deltaloom on a checkpoint, on the CPU. Prints one line of JSON.
 
-    python benchmarks/bench_deltaloom.py CHECKPOINT --backend numpy [--prefill 128,512] [--contexts 128] [--tokens 32] [--skip fuse]
+    python benchmarks/bench_deltaloom.py CHECKPOINT --backend numpy [--quantise bf16] [--prefill 128,512] [--contexts 128]
+                                                                    [--tokens 32] [--skip fuse]
 
 The figures are named in protocol.py. Prompts are random, from a seed.
 """
@@ -11,9 +12,12 @@ import time
 
 from protocol import DECODE_WARM_UP, circumstances, flags, limit_threads, peak_mb, timed
 
+TORCH = ("torch", "inductor")
+"""Backends whose libraries have threads of their own; the others share NumPy's pool, which the configuration sizes."""
+
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    if arguments.backend != "numpy":
+    if arguments.backend in TORCH:
         limit_threads(arguments.threads)
     import numpy as np
 
@@ -26,10 +30,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         dtype=arguments.dtype,
         threads=arguments.threads,
         prefill_chunk=arguments.chunk,
+        quantise=arguments.quantise or {},
         skip=tuple(arguments.skip.split(",")) if arguments.skip else (),
     )
     model = deltaloom.load(arguments.checkpoint, config=config)
-    result = circumstances(arguments, f"deltaloom {arguments.backend}", time.perf_counter() - started)
+    engine = " ".join(filter(None, ["deltaloom", arguments.backend, arguments.quantise]))
+    result = circumstances(arguments, engine, time.perf_counter() - started)
     generator = np.random.default_rng(1)
 
     def prompt(length: int) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
@@ -58,7 +64,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     parser = flags((__doc__ or "").split("\n")[0])
-    parser.add_argument("--backend", choices=["numpy", "torch", "inductor"], default="numpy")
+    parser.add_argument("--backend", default="numpy", help="any that is installed")
+    parser.add_argument("--quantise", default="", help="scheme of the weights, such as bf16")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens a prefill step at most")
     parser.add_argument("--skip", default="", help="passes to leave out, with commas between them")
     print(json.dumps(measure(parser.parse_args())))

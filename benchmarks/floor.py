@@ -1,118 +1,87 @@
-"""The least time that a token can take on a machine: bytes that must be read, operations that must be done.
+"""The least time that a token can take on this machine: bytes that must be read, operations that must be done.
 
-    python benchmarks/floor.py --bandwidth 40 --gflops 180
+    python benchmarks/floor.py [--profile FILE]
 
-Decode reads each active weight once, reads and writes the delta-rule state once, and reads the keys and values once.
-Prefill of T tokens reads the weights of each expert that it touches once and does every multiplication; its floor is
-the larger of the two. Keys, values and state are float32. Both flags describe the machine: bandwidth in 10^9 bytes/s,
-speed in 10^9 operations/s.
+From the ops' cost rules, as `deltaloom roofline` has them, for the models of `make_midsize.py` and the 80B itself with weights in
+several forms. Decode reads each weight that a token uses once, the state twice (it is written too), keys and values once. Prefill
+reads the experts that its tokens reach if every expert is as likely. Keys, values, states and activations are float32. The machine
+is measured, or given as a profile (a TOML or JSON file, h100 or h200).
 """
 
 import argparse
-from dataclasses import dataclass, replace
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
-from make_midsize import PRESETS, Geometry
+from make_midsize import PRESETS, Geometry, config
 
-WEIGHT_BITS = {"f32": 32.0, "bf16": 16.0, "8 bit": 8.5, "4 bit": 4.85}
+import deltaloom
+from deltaloom.graph.ir import Graph
+from deltaloom.passes.cache import default_folder
+from deltaloom.passes.config import CompileConfig
+from deltaloom.passes.driver import Driver
+from deltaloom.passes.pipeline import Context
+from deltaloom.runtime.compile import backends_of
+from deltaloom.runtime.device_limits import device_profile
+from deltaloom.runtime.device_profile import DeviceProfile, named_profile
+from deltaloom.runtime.roofline import Roofline, Step, predict
+
+FORMS = ("float32", "bf16", "int8", "int4")
 MODELS = {
     "next-0.3b": PRESETS["next-0.3b"],
     "next-80b-l4e128": PRESETS["next-80b-l4e128"],
     "80B, 48 layers": replace(PRESETS["next-80b-l4"], num_hidden_layers=48, vocab_size=151936),
 }
-CHUNK = 64  # tokens that the chunked delta rule takes at once
+STEPS = [Step("decode", 1, 1, context) for context in (128, 2048, 32768)] + [Step("prefill", 1, n, 0) for n in (128, 512, 2048)]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a model of this geometry has to read and to do; weights are counted in numbers, not bytes."""
-
-    geometry: Geometry
-
-    @property
-    def attention_layers(self) -> int:
-        return self.geometry.num_hidden_layers // self.geometry.full_attention_interval
-
-    @property
-    def delta_layers(self) -> int:
-        return self.geometry.num_hidden_layers - self.attention_layers
-
-    @property
-    def expert(self) -> int:
-        return 3 * self.geometry.hidden_size * self.geometry.moe_intermediate_size
-
-    def active(self) -> dict[str, int]:
-        """The weights that one token uses, by part."""
-        g, layers = self.geometry, self.geometry.num_hidden_layers
-        delta = 2 * g.key_dim + 2 * g.value_dim + 2 * g.linear_num_value_heads + g.value_dim
-        shared = g.num_experts + 1 + 3 * g.shared_expert_intermediate_size
-        return {
-            "delta rule": self.delta_layers * g.hidden_size * delta,
-            "attention": self.attention_layers * g.hidden_size * (3 * g.query_dim + 2 * g.kv_dim),
-            "router and shared expert": layers * g.hidden_size * shared,
-            "experts": layers * g.num_experts_per_tok * self.expert,
-            "head": g.hidden_size * g.vocab_size,
-        }
-
-    @property
-    def state_bytes(self) -> int:
-        return self.delta_layers * self.geometry.value_dim * self.geometry.linear_key_head_dim * 4
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values that one token of context adds."""
-        return self.attention_layers * 2 * self.geometry.kv_dim * 4
-
-    def decode_bytes(self, context: int, bits: float) -> float:
-        return sum(self.active().values()) * bits / 8 + 2 * self.state_bytes + context * self.kv_bytes
-
-    def prefill_flops(self, tokens: int) -> int:
-        g, active = self.geometry, self.active()
-        body = sum(active.values()) - active["head"]
-        chunked = 6 * g.linear_key_head_dim * g.linear_value_head_dim
-        chunked += 4 * CHUNK * (g.linear_key_head_dim + g.linear_value_head_dim)
-        delta = tokens * self.delta_layers * g.linear_num_value_heads * chunked
-        attention = 2 * tokens * tokens * g.query_dim * self.attention_layers
-        return 2 * body * tokens + delta + attention + 2 * active["head"]
-
-    def experts_hit(self, tokens: int) -> float:
-        """How many experts of a layer ``tokens`` tokens are expected to touch when routing is even."""
-        g = self.geometry
-        return float(g.num_experts * (1 - (1 - g.num_experts_per_tok / g.num_experts) ** tokens))
-
-    def prefill_bytes(self, tokens: int, bits: float) -> float:
-        active = self.active()
-        experts = self.geometry.num_hidden_layers * self.experts_hit(tokens) * self.expert
-        return (sum(active.values()) - active["experts"] + experts) * bits / 8
+def compile_config(form: str) -> CompileConfig:
+    """Weights in ``form``, the head too."""
+    quantise = {} if form == "float32" else {"lm_head*": form, "*": form}
+    return CompileConfig(dtype="float32", quantise=quantise)
 
 
-def report(name: str, cost: Cost, bandwidth: float, gflops: float) -> None:
-    active = cost.active()
-    parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in active.items())
-    print(f"\n{name}: {sum(active.values()) / 1e6:.1f} M active weights a token ({parts});")
-    print(f"  state {cost.state_bytes / 1e6:.1f} MB, keys and values {cost.kv_bytes} bytes a token of context")
-    for context in (128, 2048, 32768):
+def layer_graph(geometry: Geometry) -> Graph:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config(geometry, "float32")))
+        return deltaloom.build_graph(path).main
+
+
+def floors(geometry: Geometry, form: str, profile: DeviceProfile) -> list[Roofline]:
+    """What every step takes at least."""
+    options = compile_config(form)
+    ctx = Context(options, backends_of(options))
+    decode, prefill = STEPS[0].variant, STEPS[-1].variant
+    driver = Driver(layer_graph(geometry), ctx, planned=(decode, prefill))
+    return [predict(driver.program(step.variant).graph, step, profile) for step in STEPS]
+
+
+def report(name: str, geometry: Geometry, profile: DeviceProfile) -> None:
+    found = {form: floors(geometry, form, profile) for form in FORMS}
+    print(f"\n{name}")
+    for number, step in enumerate(STEPS):
+        tokens = step.batch * step.tokens
         cells = []
-        for dtype, bits in WEIGHT_BITS.items():
-            milliseconds = cost.decode_bytes(context, bits) / bandwidth / 1e6
-            cells.append(f"{dtype} {milliseconds:.2f} ms = {1e3 / milliseconds:.1f} tokens/s")
-        print(f"  decode at {context}: " + " | ".join(cells))
-    for tokens in (128, 512, 2048):
-        cells = []
-        work = cost.prefill_flops(tokens) / gflops / 1e9
-        for dtype, bits in WEIGHT_BITS.items():
-            reading = cost.prefill_bytes(tokens, bits) / bandwidth / 1e9
-            limit = "operations" if work >= reading else "bytes"
-            cells.append(f"{dtype} {tokens / max(work, reading):.0f} tokens/s ({limit})")
-        print(f"  prefill of {tokens}: {cost.experts_hit(tokens):.0f} experts a layer, " + " | ".join(cells))
+        for form, rows in found.items():
+            seconds = rows[number].floor
+            cells.append(f"{form} {1e3 * seconds:.2f} ms = {tokens / seconds:.1f} tokens/s")
+        after = f"decode after {step.context}" if step.kind == "decode" else f"prefill of {tokens}"
+        work = found["float32"][number].work
+        print(f"  {after} ({work.flops / tokens / 1e9:.2f} GFLOP a token, {work.bytes / 1e6:.0f} MB): " + " | ".join(cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--bandwidth", type=float, default=40.0, help="memory bandwidth, 10^9 bytes/s")
-    parser.add_argument("--gflops", type=float, default=180.0, help="float32 multiply-add speed, 10^9 operations/s")
+    parser.add_argument("--profile", help="limits of the machine: a TOML or JSON file, h100 or h200; measured if not given")
     arguments = parser.parse_args()
+    plain = compile_config("float32")
+    ctx = Context(plain, backends_of(plain))
+    profile = named_profile(arguments.profile) if arguments.profile else device_profile(ctx, folder=default_folder())
+    print(f"{profile.name}: {profile.bandwidth / 1e9:.1f} GB/s, {profile.flops['float32'] / 1e9:.0f} GFLOP/s ({profile.source})")
     for name, geometry in MODELS.items():
-        report(name, Cost(geometry), arguments.bandwidth, arguments.gflops)
+        report(name, geometry, profile)
 
 
 if __name__ == "__main__":

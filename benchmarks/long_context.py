@@ -8,7 +8,6 @@ peak of RssAnon (Linux) over its value before the prompt: state, buffers and scr
 
 import argparse
 import json
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,11 +22,12 @@ import deltaloom
 import deltaloom.runtime.compile
 from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.kernel import Backend, Kernel
+from deltaloom.runtime.resident import Peak
 
 GROUPS = {
-    "delta-net": ("gated_delta_rule", "causal_conv1d", "delta_gates", "l2_norm", "gated_rms_norm"),
-    "attention": ("attention", "rope", "rotary_embedding"),
-    "experts": ("moe_experts", "router_topk"),
+    "delta-net": ("gated_delta_net", "gated_delta_rule", "causal_conv1d", "delta_gates", "l2_norm", "gated_rms_norm"),
+    "attention": ("gated_attention", "attention", "qkv_norm_rope", "rope", "rotary_embedding"),
+    "experts": ("shared_moe", "moe_experts", "gated_router", "router_topk"),
     "linear": ("linear",),
 }
 
@@ -54,33 +54,6 @@ def _timed(kernel: Kernel, seconds: dict[str, float]) -> Callable[..., Any]:
         return result
 
     return run
-
-
-class Peak:
-    """The most anonymous memory of this process while the context is open, in bytes over the start."""
-
-    def __enter__(self) -> "Peak":
-        self.start = self.most = anonymous()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.most = max(self.most, anonymous())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.most = max(self.most, anonymous())
-
-
-def anonymous() -> int:
-    """RssAnon of this process in bytes, 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, float]]:

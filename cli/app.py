@@ -4,6 +4,7 @@ Exit codes: 0 fine, 1 a check failed, 2 a user's mistake or an unusable file, 13
 """
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -14,10 +15,16 @@ import typer
 
 from deltaloom import __version__
 from deltaloom.cli.chat import chat
+from deltaloom.cli.diff import diff
 from deltaloom.cli.doctor import doctor
+from deltaloom.cli.explain import explain
 from deltaloom.cli.generate import generate
 from deltaloom.cli.inspect import inspect
+from deltaloom.cli.memory import memory
 from deltaloom.cli.ops import ops
+from deltaloom.cli.plugins import plugins
+from deltaloom.cli.roofline import roofline
+from deltaloom.cli.source import source
 from deltaloom.graph.errors import DeltaloomError
 
 USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -32,8 +39,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120},
 )
-for function in (generate, chat, inspect, ops, doctor):
+for function in (generate, chat, inspect, explain, diff, source, ops, doctor, roofline, memory):
     app.command()(function)
+app.add_typer(plugins)
 
 
 @app.callback(epilog="Flags are spelled with dashes or underscores. Every command has --help.")
@@ -105,13 +113,16 @@ def fail(message: str, code: int = USAGE) -> int:
 
 
 def open_streams() -> None:
-    """Standard streams that the caller closed read as empty and write to nowhere."""
+    """Standard streams that the caller closed read as empty and write to nowhere; letters that one cannot write become ``?``."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="replace")
 
 
 def discard_output() -> None:

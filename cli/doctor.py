@@ -18,8 +18,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 def doctor() -> None:
     """Check the installation: versions, backends, the CPU and its BLAS, and whether the bundled model answers."""
-    for title, rows in (("versions", versions()), ("backends", backends()), ("CPU", cpu()), ("compile cache", compile_cache())):
-        print(f"{title}\n{columns(list(rows), indent='  ')}\n")
+    parts = {"versions": versions, "plugins": plugins, "backends": backends, "CPU": cpu, "compile cache": compile_cache}
+    for title, rows in parts.items():
+        print(f"{title}\n{columns(list(rows()), indent='  ')}\n")
     fine, text = bundled_model()
     print(f"bundled model\n  {text}")
     if not fine:
@@ -37,11 +38,23 @@ def versions() -> Iterator[tuple[str, str]]:
             yield name, "not installed"
 
 
+def plugins() -> Iterator[tuple[str, str]]:
+    """Each plugin, and why it cannot be used where it cannot."""
+    from deltaloom.graph.plugins import attempt, records
+
+    for record in records():
+        attempt(record)
+        offers = ", ".join(record.plugin.kinds) if record.plugin else ""
+        yield record.name, f"{record.state}, {record.origin}: {record.reason or offers}"
+    if not records():
+        yield "none", "no plugin is installed"
+
+
 def backends() -> Iterator[tuple[str, str]]:
     """Each backend, and why it cannot be used where it cannot."""
-    from deltaloom.backends import TABLE, backend
+    from deltaloom.backends import backend, names
 
-    for name in TABLE:
+    for name in names():
         try:
             made = backend(name)
         except DeltaloomError as error:

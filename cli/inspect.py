@@ -1,64 +1,43 @@
-"""``deltaloom inspect``: what a model is and which kernel runs each of its ops, without reading a weight."""
+"""``deltaloom inspect``: what a model is and does on one screen, any stage of its graph, and any node; no weight is read."""
 
-import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deltaloom.cli import options
-from deltaloom.cli.ledger import ledger_object, ledger_text
+from deltaloom.cli.ledger import ledger_object, ledger_summary, ledger_text
+from deltaloom.cli.node import node_object, node_text
+from deltaloom.cli.output import amount, fitted, print_json, quantity
+from deltaloom.cli.settings import Settings
 from deltaloom.cli.table import columns
 from deltaloom.graph.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from deltaloom.graph.ir import Graph
-    from deltaloom.models.build import ModelGraphs
-    from deltaloom.models.config import ModelConfig
     from deltaloom.passes.config import CompileConfig
-    from deltaloom.passes.pipeline import Context
-    from deltaloom.passes.shard.plan import Plan
-    from deltaloom.runtime.compile import CompiledModel, KernelRow
-
-OUTPUTS = ("last_logits",)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is looked at: a model's files and shape, its graphs, and what they are compiled with."""
-
-    folder: Path
-    shape: "ModelConfig"
-    graphs: "ModelGraphs"
-    context: "Context"
-    plan: "Plan"
-
-    def compiled(self) -> "CompiledModel":
-        """The programs of the main model that give the last logits."""
-        from deltaloom.passes.driver import Driver, plain_variants
-        from deltaloom.runtime.compile import CompiledModel
-
-        graph, variants = self.graphs.main, plain_variants(OUTPUTS)
-        return CompiledModel(graph, Driver(graph, self.context, planned=variants, plan=self.plan), outputs=OUTPUTS)
+    from deltaloom.runtime.overview import Overview, Part
+    from deltaloom.runtime.subject import Subject
 
 
 def inspect(
     ctx: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder, its config.json alone, or bundled name; tiny-next if not given.")
+    model: options.Looked = None,
+    context: Annotated[int | None, typer.Option("--context", help="Tokens that a decode step finds; 4096.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences of a decode step.")] = 1,
+    node: Annotated[str | None, typer.Option("--node", help="One node of decode, or of --after, in full.", metavar="ID")] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", help="The graph at a stage: given, PASS, decode, decode.PASS, …", metavar="STAGE")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    graph: Annotated[bool, typer.Option("--graph", help="Print the layer graph as text.")] = False,
-    source: Annotated[str | None, typer.Option("--source", help="Print the emitted program: prefill or decode.")] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph as text: as it was given, or --after.")] = False,
+    dot: Annotated[bool, typer.Option("--dot", help="Print the graph of decode, or of --after, for Graphviz.")] = False,
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Print what each pass did: nodes before and after, time, rewrites.")
     ] = False,
     explain_miss: Annotated[
         bool, typer.Option("--explain-miss", help="Print the key of the compile cache, and in what the nearest entry differs.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     config: options.RunFile = None,
     backend: options.Backend = None,
     dtype: options.DType = None,
@@ -71,60 +50,52 @@ def inspect(
     cache: options.Cache = None,
     hf_overrides: options.HfOverrides = None,
 ) -> None:
-    """Show a model's shape, its layers, and which kernel each op gets and why others refused. Reads no weights."""
-    given = (("--json", as_json and not ledger), ("--graph", graph), ("--source", source), ("--ledger", ledger))
-    chosen = [name for name, value in (*given, ("--explain-miss", explain_miss)) if value]
+    """Show what a model is, part by part, and what the compiler makes of it. Reads no weights."""
+    views = (
+        ("--node", node is not None),
+        ("--graph", graph),
+        ("--dot", dot),
+        ("--ledger", ledger),
+        ("--explain-miss", explain_miss),
+    )
+    chosen = [name for name, value in views if value]
     require(len(chosen) < 2, f"{' and '.join(chosen)} exclude each other; give one of them", ConfigError)
-    require(source in (None, "prefill", "decode"), f"--source is {source!r}, expected prefill or decode", ConfigError)
-    from deltaloom.cli.settings import Settings
-
+    require(not (as_json and (dot or explain_miss)), f"--json and {''.join(chosen)} exclude each other", ConfigError)
+    require(after is None or not (ledger or explain_miss), f"--after and {''.join(chosen)} exclude each other", ConfigError)
     settings = Settings(ctx.params, config)
     compile_config = settings.compile_config()
-    subject = read_subject(settings.value("model", "model"), settings.value("model", "hf_overrides"), compile_config)
-    if graph:
-        print("\n".join(str(one) for one in (subject.graphs.main, subject.graphs.mtp) if one), end="")
-    elif explain_miss:
+    subject, stage = look_at(settings), "decode" if after is None else after
+    if explain_miss:
         print("\n".join(explained_miss(subject, compile_config)))
-    elif source:
-        print(subject.compiled().source("decode" if source == "decode" else "prefill"))
+    elif node is not None:
+        facts = subject.compiled().node(node, stage)
+        print_json("node", node_object(facts)) if as_json else print(node_text(facts, stage))
+    elif dot:
+        print(dot_text(subject, stage), end="")
+    elif graph or after is not None:
+        print_graphs(subject, "given" if after is None else after, as_json=as_json)
     elif ledger:
         rows = subject.compiled().ledger
-        print(json.dumps(ledger_object(rows)) if as_json else ledger_text(rows))
+        print_json("ledger", {"parts": ledger_object(rows)}) if as_json else print(ledger_text(rows))
     else:
-        compiled = subject.compiled()
-        programs = {"prefill": compiled.explain("prefill"), "decode": compiled.explain("decode")}
-        facts = model_facts(subject)
-        print(
-            json.dumps(as_object(facts, subject.graphs, programs)) if as_json else report(facts, subject.graphs, programs, compiled)
-        )
+        print_overview(subject, batch, context, as_json=as_json)
 
 
-def read_subject(model: str, hf_overrides: dict[str, object], config: "CompileConfig") -> Subject:
-    """What a model is, from its config.json and the headers of its weight files, where it has any."""
-    from deltaloom.models.build import build_graph
-    from deltaloom.models.bundled import model_folder
-    from deltaloom.models.config import read_config
-    from deltaloom.models.plans import shard_pass
-    from deltaloom.runtime.compile import context
+def look_at(settings: Settings) -> "Subject":
+    """The model that the settings name."""
+    from deltaloom.runtime.subject import read_subject
 
-    alone = model.endswith(".json")
-    folder = Path(model) if alone else model_folder(model)
-    shape = read_config(folder, hf_overrides)
-    compile_context = context(config, shape)
-    element = compile_context.backends[0].compute_dtype(compile_context.config.dtype)
-    graphs = build_graph(shape, dtype=element, names=None if alone else tensor_names(folder))
-    plan = shard_pass(shape, config.mesh).plan if config.mesh else ()
-    return Subject(folder, shape, graphs, compile_context, plan)
+    name, overrides = settings.value("model", "model"), settings.value("model", "hf_overrides")
+    return read_subject(name, overrides, settings.compile_config())
 
 
-def explained_miss(subject: Subject, config: "CompileConfig") -> list[str]:
+def explained_miss(subject: "Subject", config: "CompileConfig") -> list[str]:
     """Whether the cache has the programs, and why not, as lines; the default folder's where the configuration has none."""
-    from dataclasses import replace
-
     from deltaloom.passes.cache import CompileCache, cache_of
     from deltaloom.passes.config import CACHE_DEFAULT, CACHE_OFF
     from deltaloom.passes.driver import driver_key, plain_variants
     from deltaloom.passes.stored import SHARED
+    from deltaloom.runtime.subject import OUTPUTS
 
     cache: CompileCache | None = cache_of(
         replace(config, cache=CACHE_DEFAULT if config.cache == CACHE_OFF else config.cache, dump=None)
@@ -134,86 +105,140 @@ def explained_miss(subject: Subject, config: "CompileConfig") -> list[str]:
     return cache.explain(key, SHARED)
 
 
-def tensor_names(folder: Path) -> list[str] | None:
-    """The names in the headers of the checkpoint's files, or None for a folder that has a config.json only."""
-    from deltaloom.models.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+def dot_text(subject: "Subject", stage: str) -> str:
+    """The graph at a stage for Graphviz."""
+    from deltaloom.graph.dot import dot
 
-    if not any((folder / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
-        return None
-    with Checkpoint.open(folder) as checkpoint:
-        return checkpoint.names()
+    return dot(subject.compiled().graph(stage))
 
 
-def model_facts(subject: Subject) -> dict[str, Any]:
-    """What the first part of the report says, by name; sizes in elements and tokens."""
+def print_graphs(subject: "Subject", stage: str, *, as_json: bool) -> None:
+    """The graph at a stage; with the one of the MTP head where it is the stage before all passes."""
+    from deltaloom.graph.serialize import to_json
+    from deltaloom.runtime.stages import GIVEN
+
+    both = (subject.graphs.main, subject.graphs.mtp) if stage == GIVEN else (subject.compiled().graph(stage),)
+    graphs = [graph for graph in both if graph is not None]
+    if as_json:
+        import json
+
+        print_json("graph", {"stage": stage, "graphs": [json.loads(to_json(graph)) for graph in graphs]})
+    else:
+        print("\n".join(map(str, graphs)), end="")
+
+
+def print_overview(subject: "Subject", batch: int, context: int | None, *, as_json: bool) -> None:
+    """What a model is, part by part, and the ledger in short."""
+    from deltaloom.runtime.overview import CONTEXT, layer_names
+
+    compiled = subject.compiled()
+    found = compiled.overview(batch=batch, context=CONTEXT if context is None else context)
+    ledger = {title: rows for title, rows in compiled.driver.ledgers.items() if not title.startswith("prefill")}
+    if as_json:
+        regions = layer_names(subject.graphs.main)
+        fields = {
+            **model_facts(subject, found),
+            **overview_object(found),
+            "layer_regions": regions,
+            "ledger": ledger_object(ledger),
+        }
+        print_json("inspect", fields)
+    else:
+        print(fitted("\n\n".join([header(subject, found), tree(found), ledger_summary(ledger)])))
+
+
+def model_facts(subject: "Subject", found: "Overview") -> dict[str, Any]:
+    """What is said of a model as a whole, by name; sizes in elements and tokens."""
     from deltaloom.models.inventory import parameter_count
 
     shape, graphs = subject.shape, subject.graphs
-    experts = f"{shape.num_experts_per_tok} of {shape.num_experts}" if shape.num_experts else "none"
     main = parameter_count(graphs.main)
-    with_head = parameter_count(graphs.main, graphs.mtp)
     return {
-        "folder": str(subject.folder),
-        "model type": shape.model_type,
-        "layers": fold_layers(layer_names(graphs.main)),
-        "hidden size": shape.hidden_size,
-        "attention heads": f"{shape.num_attention_heads} query, {shape.num_key_value_heads} key/value, of {shape.head_dim}",
-        "experts a token": experts,
-        "vocabulary": shape.vocab_size,
-        "context": shape.max_position_embeddings,
+        "model": str(subject.folder),
+        "model_type": shape.model_type,
         "parameters": main,
-        "parameters of the MTP head": with_head - main,
-        "stored as": shape.dtype,
-        "computes in": subject.context.config.dtype,
+        "active_parameters": found.active,
+        "mtp_parameters": parameter_count(graphs.main, graphs.mtp) - main,
+        "num_layers": shape.num_hidden_layers,
+        "layers": found.layers,
+        "hidden_size": shape.hidden_size,
+        "query_heads": shape.num_attention_heads,
+        "key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "experts": shape.num_experts or 0,
+        "experts_per_token": shape.num_experts_per_tok if shape.num_experts else 0,
+        "vocabulary": shape.vocab_size,
+        "max_context": shape.max_position_embeddings,
+        "stored_dtype": shape.dtype,
+        "compute_dtype": subject.context.config.dtype,
+        "backends": [backend.name for backend in subject.context.backends],
+        "mesh": dict(subject.context.config.mesh),
     }
 
 
-def layer_names(graph: "Graph") -> list[str]:
-    """The region of each layer, in order."""
-    return [instance.graph.name for instance in graph.instances() if instance.prefix]
+def overview_object(found: "Overview") -> dict[str, Any]:
+    """States and work as JSON: bytes of one sequence's states, work of a decode step of the whole batch."""
+    from deltaloom.runtime.overview import STATE_CONTEXTS
 
-
-def fold_layers(names: Sequence[str]) -> str:
-    """``2 x (3 x linear_layer, attention_layer)`` for eight layers of that pattern."""
-    period = next(size for size in range(1, len(names) + 1) if list(names) == (list(names[:size]) * len(names))[: len(names)])
-    times = len(names) // period if len(names) % period == 0 else 1
-    runs: list[list[Any]] = []
-    for name in names if times == 1 else names[:period]:
-        if runs and runs[-1][1] == name:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, name])
-    inner = ", ".join(f"{count} x {name}" if count > 1 else name for count, name in runs)
-    if times == 1:
-        return inner
-    return f"{times} x ({inner})" if len(runs) > 1 else f"{times * runs[0][0]} x {runs[0][1]}"
-
-
-def as_object(facts: dict[str, Any], graphs: "ModelGraphs", programs: dict[str, list["KernelRow"]]) -> dict[str, Any]:
-    """The report as JSON."""
-    rows = {
-        title: [
-            {"body": r.body, "op": r.op, "count": len(r.nodes), "kernel": r.kernel, "refusals": list(map(str, r.refusals))}
-            for r in body
-        ]
-        for title, body in programs.items()
+    parts = [
+        {**vars(part), "backends": list(part.backends), "work": vars(part.work), "intensity": part.work.intensity}
+        for part in found.parts
+    ]
+    lengths = {str(tokens): found.state_bytes(tokens) for tokens in STATE_CONTEXTS}
+    return {
+        "state": {"fixed_bytes": found.fixed, "bytes_per_token": found.growing, "bytes_at": lengths},
+        "step": {"batch": found.batch, "context": found.context, **vars(found.work)},
+        "parts": parts,
     }
-    named = {name.replace(" ", "_").lower(): value for name, value in facts.items()}
-    return named | {"layer_regions": layer_names(graphs.main), "programs": rows}
 
 
-def report(facts: dict[str, Any], graphs: "ModelGraphs", programs: dict[str, list["KernelRow"]], compiled: "CompiledModel") -> str:
-    """The report as text."""
-    shown = [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in facts.items()]
-    lines = [columns(shown)]
-    calls = Counter(layer_names(graphs.main))
-    for title, rows in programs.items():
-        lines += ["", f"{title}:"]
-        for body in dict.fromkeys(row.body for row in rows):
-            lines.append(f"  {body}" + (f", {calls[body]} times" if body in calls else ""))
-            lines.append(columns([(f"{len(r.nodes)} x {r.op}", r.kernel) for r in rows if r.body == body], indent="    "))
-        refusals = dict.fromkeys((row.op, str(refusal)) for row in rows for refusal in row.refusals)
-        if refusals:
-            lines += ["  refused", columns(list(refusals), indent="    ")]
-    conflicts = [str(conflict) for conflict in compiled.driver.conflicts]
-    return "\n".join([*lines, *(["", "weight layouts that kernels disagreed on:", *conflicts] if conflicts else [])])
+def header(subject: "Subject", found: "Overview") -> str:
+    """The lines above the tree."""
+    from deltaloom.runtime.overview import STATE_CONTEXTS
+
+    facts = model_facts(subject, found)
+    extra = f"; MTP head {amount(facts['mtp_parameters'])} more" if facts["mtp_parameters"] else ""
+    mesh = ", ".join(f"{axis}={count}" for axis, count in facts["mesh"].items())
+    rank = " on each rank" if mesh else ""
+    experts = f", experts {facts['experts_per_token']} of {facts['experts']}" if facts["experts"] else ""
+    heads = f"{facts['query_heads']} query and {facts['key_value_heads']} key/value heads of {facts['head_dim']}"
+    lengths = ", ".join(f"{tokens // 1024}k {quantity(found.state_bytes(tokens), 'B')}" for tokens in STATE_CONTEXTS)
+    sequences = "1 sequence" if found.batch == 1 else f"{found.batch:,} sequences"
+    step = f"{quantity(found.work.flops, 'FLOP')}, {quantity(found.work.bytes, 'B')}"
+    rows = [
+        (facts["model_type"], facts["model"]),
+        ("parameters", f"{facts['parameters']:,}, of which a token uses {facts['active_parameters']:,}{rank}{extra}"),
+        ("layers", f"{facts['num_layers']}: {found.layers}"),
+        ("sizes", f"hidden {facts['hidden_size']:,}, {heads}{experts}"),
+        ("", f"vocabulary {facts['vocabulary']:,}, context {facts['max_context']:,}"),
+        ("dtype", f"stored {facts['stored_dtype']}, computes in {facts['compute_dtype']} on {', '.join(facts['backends'])}"),
+        ("state", f"{quantity(found.fixed, 'B')} + {found.growing:,} B a token: {lengths} a sequence"),
+        ("decode step", f"{sequences} after {found.context:,} tokens: {step}"),
+    ]
+    rows += [("mesh", f"{mesh}; states, work and the table are of one rank")] if mesh else []
+    return columns(rows)
+
+
+def tree(found: "Overview") -> str:
+    """The parts as a table: of all calls together, work for each new token."""
+    from deltaloom.runtime.overview import Part
+
+    rows = [["part", "calls", "parameters", "active", "FLOP/token", "bytes/token", "FLOP/byte", "backend"]]
+    rows += [part_cells(part, found.batch, found.letters) for part in found.parts]
+    backends = tuple(dict.fromkeys(name for part in found.parts for name in part.backends))
+    whole = Part("in all", 0, 1, found.parameters, found.active, found.work, backends)
+    return columns([*rows, part_cells(whole, found.batch, {})])
+
+
+def part_cells(part: "Part", batch: int, letters: Mapping[str, str]) -> list[str]:
+    letter = f"{letters[part.name]}  " if part.depth == 0 and part.name in letters else ""
+    return [
+        "     " * part.depth + letter + part.name,
+        str(part.calls) if part.calls > 1 and part.depth == 0 else "",
+        amount(part.parameters),
+        amount(part.active),
+        amount(part.work.flops / batch),
+        amount(part.work.bytes / batch),
+        f"{part.work.intensity:.2f}",
+        ", ".join(part.backends),
+    ]

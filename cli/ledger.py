@@ -23,6 +23,19 @@ def ledger_text(ledger: Ledger) -> str:
     return "\n\n".join([*tables, *rules(events), effort()])
 
 
+def ledger_summary(ledger: Ledger) -> str:
+    """One line a pass: nodes of all bodies before and after, how many rewrites, and how long it took."""
+    lines = [["pass", "nodes", "rewrites", "refused", "near misses", "ms"]]
+    for title, rows in ledger.items():
+        for row in rows:
+            kinds = Counter(event.kind for event in row.events)
+            name = row.name if title == "shared" else f"{title.partition(' ')[0]}.{row.name}"
+            nodes = change(sum(row.before.values()), sum(row.after.values()))
+            counts = [str(kinds[kind] or "") for kind in ("hit", "refused", "near miss")]
+            lines.append([name, nodes, *counts, f"{1000 * row.seconds:.0f}"])
+    return columns(lines)
+
+
 def table(rows: Sequence["LedgerRow"]) -> str:
     """One line a pass."""
     bodies = list(dict.fromkeys(body for row in rows for body in (*row.before, *row.after)))

@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+Looked = Annotated[
+    str | None, typer.Argument(help="Checkpoint folder, its config.json alone, or bundled name; tiny-next if not given.")
+]
+"""The model of a command that only looks at one."""
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Checkpoint folder or bundled name.", metavar="MODEL")]
 RunFile = Annotated[Path | None, typer.Option("--config", help="TOML file with [model], [compile] and [sampling].", metavar="FILE")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show every setting and where it comes from, and exit.")]
@@ -20,7 +24,7 @@ Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; all
 Quantise = Annotated[
     str | None,
     typer.Option(
-        "--quantise", "--quantize", help="Weights as int8, int4 or fp8; or JSON: name pattern to scheme.", metavar="SCHEME"
+        "--quantise", "--quantize", help="Weights as bf16, int8, int4 or fp8; or JSON: name pattern to scheme.", metavar="SCHEME"
     ),
 ]
 KeepQuantized = Annotated[

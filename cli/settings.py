@@ -97,7 +97,7 @@ class Settings:
         from deltaloom.models.config import read_config
 
         folder = model_folder(self.value("model", "model"))
-        shape = read_config(folder, self.value("model", "hf_overrides"))
+        shape = read_config(folder, self.value("model", "hf_overrides"), use=self.compile_config().use)
         tables = {table: dict(values) for table, values in self.tables.items()}
         if tables["model"]["max_model_len"].value is None:
             tables["model"]["max_model_len"] = Setting(shape.max_position_embeddings, "checkpoint's config.json")
@@ -113,10 +113,11 @@ class Settings:
 
     def _check_ranges(self) -> None:
         """What loading would refuse of [model] and [compile], refused without loading."""
-        from deltaloom.backends import TABLE
+        from deltaloom.backends import TABLE, names, unknown
 
         for name in self.compile_config().backends:
-            require(name in TABLE, f"there is no backend '{name}'; known are {', '.join(TABLE)}", ConfigError)
+            if name not in TABLE and name not in names():
+                raise ConfigError(unknown(name))
         for key in ("max_model_len", "max_batch"):
             value = self.value("model", key)
             require(value is None or value >= 1, f"{key} is {value}, expected at least 1", ConfigError)

@@ -6,7 +6,7 @@ A builder method exists for every op of the registry, plugins included. The buil
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +22,8 @@ from deltaloom.graph.types import DType, QuantType, TensorType, f32
 
 
 class OpMethod:
-    """``g.NAME``: adds one node; positional arguments are values, keywords are the op's attributes, ``name`` names the result."""
+    """``g.NAME``, or ``g.PLUGIN.NAME``: adds one node; positional arguments are values, keywords are the op's attributes, ``name``
+    names the result."""
 
     def __init__(self, builder: GraphBuilder, op: type[Op]) -> None:
         self._builder = builder
@@ -53,10 +54,12 @@ class GraphBuilder:
         self._updates: dict[str, Value] = {}
         self._regions: dict[str, Graph] = {}
 
-    def __getattr__(self, name: str) -> OpMethod:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return OpMethod(self, self._registry.get(name))
+    def __getattr__(self, name: str) -> Any:
+        return self._registry.attribute(name, self._method)
+
+    def _method(self, op: type[Op]) -> Callable[..., Any]:
+        """What adds a node of ``op``."""
+        return OpMethod(self, op)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -128,7 +131,7 @@ class GraphBuilder:
         except GraphError as error:
             error.add_note(f"  in {op} at {self._scope or self.name} ({_caller()}), inputs {_list(v.type for v in inputs)}")
             raise
-        base = name or op.name
+        base = name or op.name.rpartition(".")[2]
         if len(types) == 1:
             names = [base]
         else:

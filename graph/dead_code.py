@@ -24,15 +24,14 @@ def dead_code_elimination(graph: Graph) -> Graph:
     nodes = tuple(reversed(kept))
     params = tuple(value for value in graph.params if value in needed)
     called = {node.op.region for node in nodes if isinstance(node.op, Call)}
-    return replace(
-        graph,
-        nodes=nodes,
-        params=params,
-        regions={name: region for name, region in cleaned.items() if name in called},
-        weights=None if graph.weights is None else _needed_weights(graph.weights, {value.name for value in params}),
-    )
+    regions = {name: region for name, region in cleaned.items() if name in called}
+    weights = None if graph.weights is None else _needed_weights(graph.weights, {value.name for value in params})
+    same_regions = list(regions) == list(graph.regions) and all(graph.regions[name] is region for name, region in regions.items())
+    if len(nodes) == len(graph.nodes) and len(params) == len(graph.params) and same_regions and weights is graph.weights:
+        return graph  # itself, so that it needs no further look by whoever checked it before
+    return replace(graph, nodes=nodes, params=params, regions=regions, weights=weights)
 
 
 def _needed_weights(weights: Graph, names: set[str]) -> Graph:
     outputs = tuple((name, value) for name, value in weights.outputs if name in names)
-    return dead_code_elimination(replace(weights, outputs=outputs))
+    return dead_code_elimination(weights if outputs == weights.outputs else replace(weights, outputs=outputs))

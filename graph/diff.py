@@ -17,15 +17,36 @@ class _Entry:
     scope: str = ""
 
 
+@dataclass(frozen=True)
+class BodyDiff:
+    """What changed in one graph, region or weight graph: how many lines went, came and changed, its nodes before and after, and the
+    lines: a mark (``-`` gone, ``+`` new, ``~ -`` and ``~ +`` in both, but different) and the text."""
+
+    body: str
+    removed: int
+    added: int
+    changed: int
+    nodes: tuple[int, int]
+    lines: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        before, after = self.nodes
+        counts = f"{self.removed} removed, {self.added} added, {self.changed} changed ({before} -> {after} nodes)"
+        return "\n".join([f"{self.body}: {counts}", *(f"  {mark:<3} {text}" for mark, text in self.lines)])
+
+
 def diff(before: Graph, after: Graph) -> str:
-    """A readable difference, by graph and region: ``-`` gone, ``+`` new, ``~`` in both with a line that differs, and the
-    numbers of each. The builder's lines and origins do not count. "" where nothing differs."""
-    blocks = []
+    """``body_diffs`` as text. "" where nothing differs."""
+    return "\n".join(map(str, body_diffs(before, after)))
+
+
+def body_diffs(before: Graph, after: Graph) -> list[BodyDiff]:
+    """The difference by graph, region and weight graph, those excepted in which nothing differs. The builder's lines and origins
+    do not count."""
     bodies_before, bodies_after = dict(_bodies(before, "")), dict(_bodies(after, ""))
-    for title in dict.fromkeys([*bodies_before, *bodies_after]):
-        block = _block(title, _entries(bodies_before.get(title)), _entries(bodies_after.get(title)))
-        blocks += [block] if block else []
-    return "\n".join(blocks)
+    titles = dict.fromkeys([*bodies_before, *bodies_after])
+    found = [_block(title, _entries(bodies_before.get(title)), _entries(bodies_after.get(title))) for title in titles]
+    return [one for one in found if one.lines]
 
 
 def _bodies(graph: Graph, prefix: str) -> Iterator[tuple[str, Graph]]:
@@ -49,27 +70,23 @@ def _entries(graph: Graph | None) -> dict[str, _Entry]:
     return found
 
 
-def _block(title: str, before: Mapping[str, _Entry], after: Mapping[str, _Entry]) -> str:
-    lines: list[str] = []
-    counts = {"removed": 0, "added": 0, "changed": 0}
+def _block(title: str, before: Mapping[str, _Entry], after: Mapping[str, _Entry]) -> BodyDiff:
+    lines: list[tuple[str, str]] = []
+    removed = added = changed = 0
     for key in _merged(list(before), list(after)):
         old, new = before.get(key), after.get(key)
         if old == new:
             continue
         if old is not None and new is not None:
-            counts["changed"] += 1
-            lines += [f"~ - {_line(old)}", f"~ + {_line(new)}"]
+            changed += 1
+            lines += [("~ -", _line(old)), ("~ +", _line(new))]
         elif old is not None:
-            counts["removed"] += 1
-            lines.append(f"-   {_line(old)}")
+            removed += 1
+            lines.append(("-", _line(old)))
         elif new is not None:
-            counts["added"] += 1
-            lines.append(f"+   {_line(new)}")
-    if not lines:
-        return ""
-    numbers = ", ".join(f"{count} {what}" for what, count in counts.items())
-    total = f"{_nodes(before)} -> {_nodes(after)} nodes"
-    return "\n".join([f"{title}: {numbers} ({total})", *(f"  {line}" for line in lines)])
+            added += 1
+            lines.append(("+", _line(new)))
+    return BodyDiff(title, removed, added, changed, (_nodes(before), _nodes(after)), tuple(lines))
 
 
 def _merged(before: list[str], after: list[str]) -> list[str]:

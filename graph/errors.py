@@ -25,8 +25,16 @@ class CompileError(DeltaloomError):
     """A graph that cannot be lowered as asked: no kernel, an impossible pass order, a backend that is not installed."""
 
 
+class PluginError(DeltaloomError):
+    """A plugin that was asked for and cannot be had: broken, blocked, written for another API, or in conflict with another one."""
+
+
 class RequestError(DeltaloomError):
     """A prompt, a message list or a sampling parameter that cannot be served."""
+
+
+class ExportError(DeltaloomError):
+    """A graph that cannot be exported as asked: an op without a rule, a cut that is none, weights that cannot be referred to."""
 
 
 def require(condition: bool, message: str, error: type[DeltaloomError] = GraphError) -> None:

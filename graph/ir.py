@@ -34,6 +34,9 @@ class Value:
     kind: ValueKind = "node"
     sharding: str = field(default="", compare=False)
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # all but always enough to tell values apart, and the type's hash is a long one
+
     def __str__(self) -> str:
         return SIGILS[self.kind] + self.name
 
@@ -203,9 +206,7 @@ class Graph:
             inputs=tuple(map(sub, self.inputs)),
             params=tuple(map(sub, self.params)),
             states=tuple(replace(s, value=sub(s.value)) for s in self.states),
-            nodes=tuple(
-                replace(n, inputs=tuple(map(sub, n.inputs)), outputs=tuple(map(sub, n.outputs))) for n in self.nodes
-            ),
+            nodes=tuple(replace(n, inputs=tuple(map(sub, n.inputs)), outputs=tuple(map(sub, n.outputs))) for n in self.nodes),
             outputs=tuple((name, sub(value)) for name, value in self.outputs),
             updates=tuple((name, sub(value)) for name, value in self.updates),
             regions={name: region.substitute(values) for name, region in self.regions.items()},
@@ -220,3 +221,13 @@ class Graph:
         from deltaloom.graph.text import print_graph
 
         return print_graph(self)
+
+
+def names_apart(*graphs: Graph) -> bool:
+    """Whether the prefixes of all calls alone tell that no parameter of one instance is another's too. Layers of large models have
+    thousands of parameters each, whose full names need not be written out then."""
+    prefixes = sorted(node.op.prefix for graph in graphs for node in graph.nodes if isinstance(node.op, Call))
+    if any(longer.startswith(prefix) for prefix, longer in zip(prefixes, prefixes[1:])):
+        return False
+    owners = [owner for graph in graphs for owner in (graph, graph.weights) if owner is not None]
+    return not any(value.name.startswith(tuple(prefixes)) for owner in owners for value in owner.params)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import cache
 from typing import Any, ClassVar, Protocol, dataclass_transform
 
@@ -39,6 +40,10 @@ def _no_infer(op: Op, *types: TensorType) -> Inferred:
 
 def _bytes_only(op: Op, *types: TensorType) -> Cost:
     return Cost(0, op.moved_bytes(*types))
+
+
+def _all_of_them(op: Op, *types: TensorType) -> Mapping[str, Fraction]:
+    return {}
 
 
 def _class_sharding(op: Op, *types: TensorType) -> str | None:
@@ -101,6 +106,8 @@ class Op:
     """Input types -> the output types, or ``GraphError`` with a sentence that shows the offending type."""
     cost: ClassVar[Callable[..., Cost]] = _bytes_only
     """Input types -> FLOPs and bytes; unless an op says more, no FLOPs and the bytes of inputs and outputs."""
+    reads: ClassVar[Callable[..., Mapping[str, Fraction]]] = _all_of_them
+    """Input types -> by input name, the part of a weight that one token reads, for weights of which it does not read all."""
     factors: ClassVar[Callable[..., str | None]] = _class_sharding
     """Input types -> the sharding string (``deltaloom.ops.factors``); its class's, unless it follows from the attributes."""
     resized: ClassVar[Callable[..., Op]] = _as_it_is

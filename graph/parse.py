@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deltaloom.graph.dims import Symbol
-from deltaloom.graph.errors import GraphError
+from deltaloom.graph.errors import GraphError, PluginError
 from deltaloom.graph.ir import SIGILS, Graph, Node, Placement, Refusal, State, Value, ValueKind
 from deltaloom.graph.op import Attribute, Op
 from deltaloom.graph.registry import OpRegistry, ops
@@ -185,7 +185,7 @@ class _Reader:
     def _op(self, line: Line, name: str, version: int, attributes: Mapping[str, Attribute]) -> Op:
         try:
             return make_op(name, version, attributes, self._registry)
-        except GraphError as error:
+        except (GraphError, PluginError) as error:
             line.fail(str(error))
 
 

@@ -1,4 +1,4 @@
-"""The run-time form of a value with a ``QuantType``: the stored codes and their scales."""
+"""The run-time form of a value with a ``QuantType``: the stored codes and their scales; and how weights change their dtype."""
 
 from __future__ import annotations
 
@@ -87,6 +87,16 @@ def stacked(parts: Sequence[QuantizedArray], stack: Callable[..., Any]) -> Quant
     first = parts[0]
     data, scale = stack([part.data for part in parts]), stack([part.scale for part in parts])
     return QuantizedArray(data, scale, first.form, (len(parts), *first.shape))
+
+
+def copy_cast(source: Array, out: Array) -> None:
+    """Copy with a change of dtype. bfloat16 widens to float32 by placing its 16 bits high, several times faster than a cast."""
+    if source.dtype.name == "bfloat16" and out.dtype == np.float32:
+        bits = out.view(np.uint32)
+        np.copyto(bits, source.view(np.uint16), casting="unsafe")
+        np.left_shift(bits, 16, out=bits)
+    else:
+        np.copyto(out, source, casting="unsafe")
 
 
 def _from(array: Array, axis: int, start: int, count: int) -> Array:

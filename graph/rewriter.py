@@ -212,11 +212,13 @@ class Rewriter:
 
     def _ancestors(self, value: Value) -> set[str]:
         """The names of the nodes that ``value`` is computed from, its own node included."""
-        wanted, found = {value}, set()
-        for node in reversed(topological(self._nodes)):
-            if wanted.intersection(node.outputs):
+        producers = {made: node for node in self._nodes for made in node.outputs}
+        waiting, found = [value], set[str]()
+        while waiting:
+            node = producers.get(waiting.pop())
+            if node is not None and node.name not in found:
                 found.add(node.name)
-                wanted.update(node.inputs)
+                waiting += node.inputs
         return found
 
     def _exchange(self, old: Value, new: Value, untouched: set[str]) -> None:

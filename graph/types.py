@@ -156,7 +156,12 @@ class TensorType:
         return TensorType(self.dtype, tuple(substitute(dim, values) for dim in self.shape))
 
     def symbols(self) -> frozenset[Symbol]:
-        return frozenset(s for dim in self.shape for s in symbols_of(dim))
+        return frozenset(self.ordered_symbols)
+
+    @cached_property
+    def ordered_symbols(self) -> tuple[Symbol, ...]:
+        """The symbols of the shape, by name."""
+        return tuple(sorted({s for dim in self.shape if not isinstance(dim, int) for s in symbols_of(dim)}))
 
     def static_shape(self) -> tuple[int, ...]:
         """The shape as numbers, or ``GraphError`` where a dimension is symbolic."""

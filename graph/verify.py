@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from deltaloom.graph.dims import Symbol, bounds
 from deltaloom.graph.errors import GraphError, VerifyError
-from deltaloom.graph.ir import Call, Graph, Node, State, Value, ValueKind
+from deltaloom.graph.ir import Call, Graph, Node, State, Value, ValueKind, names_apart
 from deltaloom.graph.neighbourhood import Fault, neighbourhood
 from deltaloom.graph.op import Attribute
 from deltaloom.graph.text import declaration
@@ -93,13 +93,10 @@ class _Check:
         if value.sharding and set(value.sharding) & set("{}"):
             self.fail(f"the sharding of {value} is '{value.sharding}', which may have no braces", fault)
         self.defined[text] = value
-        for symbol in sorted(value.type.symbols()):
+        for symbol in value.type.ordered_symbols:
             known = self.symbols.setdefault(symbol.name, symbol)
-            self.require(
-                symbol == known,
-                f"symbol '{symbol.name}' is {_range(symbol)} in {declaration(value)}, but {_range(known)} before",
-                fault,
-            )
+            if symbol is not known and symbol != known:
+                self.fail(f"symbol '{symbol.name}' is {_range(symbol)} in {declaration(value)}, but {_range(known)} before", fault)
 
     def _check_use(self, value: Value, user: str, fault: Fault) -> None:
         known = self.defined.get(str(value))
@@ -119,13 +116,23 @@ class _Check:
         if not node.outputs:
             self.fail(f"{node.op.name} has no outputs", node)
         for value in node.inputs:
-            self._check_use(value, f"%{node.name}", node)
+            if str(value) not in self.defined or self.defined[str(value)] is not value:
+                self._check_use(value, f"%{node.name}", node)
+        if not node.__dict__.get(_PASSED):
+            self._check_alone(node)
+        for value in node.outputs:
+            self._define(value, node)
+
+    def _check_alone(self, node: Node) -> None:
+        """What holds of a node wherever it stands. Most nodes of a graph come from the one before, where they have passed."""
         for name, attribute in node.op.attributes().items():
             self._check_attribute(attribute, f"attribute '{name}' of %{node.name} = {node.op.name}", node)
         self._check_types(node)
         for value in node.outputs:
-            self.require(value.kind == "node", f"{value} is made by a node, but calls itself a {value.kind}", node)
-            self._define(value, node)
+            if value.kind != "node":
+                self.fail(f"{value} is made by a node, but calls itself a {value.kind}", node)
+        if not isinstance(node.op, Call):  # whose types are those of a region
+            node.__dict__[_PASSED] = True
 
     def _check_attribute(self, attribute: Attribute, where: str, node: Node) -> None:
         if isinstance(attribute, tuple):
@@ -212,6 +219,7 @@ def _check_calls(check: _Check) -> None:
     """Prefixes differ, no state has two owners, a parameter's type is the same for all, every region is called."""
     graph = check.graph
     prefixes: dict[str, str] = {}
+    apart = names_apart(graph)
     owners = {state.name: "the top level" for state in graph.states}
     params = {value.name: value.type for value in graph.params}
     for node in graph.nodes:
@@ -225,7 +233,7 @@ def _check_calls(check: _Check) -> None:
             full = prefix + state.name
             check.require(full not in owners, f"%{node.name} shares state '{full}' with {owners.get(full)}", node)
             owners[full] = f"%{node.name}"
-        for value in region.params:
+        for value in () if apart else region.params:
             known = params.setdefault(prefix + value.name, value.type)
             if known is not value.type and known != value.type:
                 check.fail(f"%{node.name} has parameter '{prefix}{value.name}' as {value.type}, another use as {known}", node)

@@ -3,12 +3,13 @@
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 from deltaloom.graph.errors import ConfigError, require
 from deltaloom.models.config_overrides import canonical_names, merge_overrides
-from deltaloom.models.families import FAMILIES, FULL, LINEAR, Family, LayerKind
+from deltaloom.models.families import FULL, LINEAR, Family, LayerKind, family_named, names, owners
 from deltaloom.models.json_fields import Fields, as_path, describe, read_json_object
 from deltaloom.models.quantization import QuantizationConfig, read_quantization, refused_method, unsupported
 from deltaloom.models.rope_config import RopeConfig, read_rope
@@ -26,7 +27,7 @@ class ModelConfig:
     Raises ConfigError when fields contradict one another.
     """
 
-    model_type: str
+    family: Family
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -59,6 +60,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     quantization: QuantizationConfig | None
+    more: Mapping[str, object] = field(default_factory=dict, hash=False)  # what only this family has (see Family)
+
+    @property
+    def model_type(self) -> str:
+        """The name of the family."""
+        return self.family.model_type
 
     def __post_init__(self) -> None:
         _check_heads(self)
@@ -74,17 +81,19 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer's feed-forward part has experts; if not, it is a SwiGLU of ``intermediate_size``."""
-        return (
-            self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
-        )
+        return self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 
 def read_config(
-    source: str | os.PathLike[str] | Mapping[str, object], overrides: Mapping[str, object] | None = None
+    source: str | os.PathLike[str] | Mapping[str, object],
+    overrides: Mapping[str, object] | None = None,
+    *,
+    use: Mapping[str, str] | None = None,
 ) -> ModelConfig:
     """The ModelConfig of a checkpoint folder, a config.json or an object already read, in any published form.
 
     ``overrides`` are laid over the file's fields: objects merge, ``{"rope_parameters.factor": 4.0}`` reaches inside.
+    ``use`` says whose model type is meant where plugins offer it too (``CompileConfig.use``).
     Raises ConfigError, one sentence with the file's name, for unknown, ill-typed or contradictory fields, and
     CheckpointError if the file is missing or unreadable.
     """
@@ -97,15 +106,17 @@ def read_config(
         _refuse_quantisation_beside(path, values)
     try:
         values = canonical_names(values)
-        return _build(merge_overrides(values, overrides) if overrides else values)
+        return _build(merge_overrides(values, overrides) if overrides else values, use)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _build(values: Mapping[str, object]) -> ModelConfig:
-    family = _family(values)
+def _build(values: Mapping[str, object], use: Mapping[str, str] | None) -> ModelConfig:
+    family = _family(values, use)
     _refuse_unknown(values, family)
     _refuse_other_readings(values, family)
+    reader = family.function("reader")
+    values = values if reader is None else reader(values)
     fields = Fields(values)
 
     def size(name: str, minimum: int = 1, maximum: int = 2**40) -> int:
@@ -120,7 +131,7 @@ def _build(values: Mapping[str, object]) -> ModelConfig:
     positions = size("max_position_embeddings")
     quantization = fields.mapping("quantization_config")
     return ModelConfig(
-        model_type=family.model_type,
+        family=family,
         vocab_size=size("vocab_size"),
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -130,7 +141,7 @@ def _build(values: Mapping[str, object]) -> ModelConfig:
         intermediate_size=size("intermediate_size"),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6, above=0.0, maximum=1.0),
         max_position_embeddings=positions,
-        rope=read_rope(values, head_dim, positions, family.partial_rotary_factor),
+        rope=read_rope(values, head_dim, positions, family.partial_rotary_factor, family.rope_ignored),
         layer_types=_layer_types(fields, family, layers),
         attention_bias=fields.boolean("attention_bias", False),
         attn_output_gate="attn_output_gate" in family.fixed,
@@ -153,22 +164,34 @@ def _build(values: Mapping[str, object]) -> ModelConfig:
         eos_token_ids=fields.integers("eos_token_id") or (),
         pad_token_id=fields.optional_integer("pad_token_id", minimum=0),
         quantization=None if quantization is None else read_quantization(quantization),
+        more=_more(fields, family),
     )
 
 
-def _family(values: Mapping[str, object]) -> Family:
-    known = ", ".join(sorted(FAMILIES))
+def _more(fields: Fields, family: Family) -> Mapping[str, object]:
+    """Sizes and extra fields that no other family has."""
+    known = {one.name for one in fields_of(ModelConfig)} | {"full_attention_interval"}
+    sizes: dict[str, object] = {
+        name: fields.optional_integer(name) if default is None else fields.integer(name, default, minimum=1)
+        for name, default in family.sizes.items()
+        if name not in known
+    }
+    extra = {name: fields.values[name] for name in sorted(family.extra - known) if name in fields.values}
+    return sizes | extra
+
+
+def _family(values: Mapping[str, object], use: Mapping[str, str] | None) -> Family:
     if "text_config" in values:
         raise ConfigError(
             "the text model is wrapped in text_config, as in vision-language checkpoints, which are not "
-            f"supported; expected a text model of type {known}."
+            f"supported; expected a text model of type {', '.join(names())}."
         )
     if "model_type" not in values:
-        raise ConfigError(f"there is no model_type; expected one of {known}.")
+        raise ConfigError(f"there is no model_type; expected one of {', '.join(names())}.")
     model_type = values["model_type"]
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(f"model_type is {describe(model_type)}, which is unknown; known are {known}.")
-    return FAMILIES[model_type]
+    if not isinstance(model_type, str):
+        raise ConfigError(f"model_type is {describe(model_type)}, which is unknown; known are {', '.join(names())}.")
+    return family_named(model_type, use)
 
 
 def _refuse_unknown(values: Mapping[str, object], family: Family) -> None:
@@ -177,15 +200,14 @@ def _refuse_unknown(values: Mapping[str, object], family: Family) -> None:
         return
     name = unknown[0]
     others = f" (and {len(unknown) - 1} more: {', '.join(map(str, unknown[1:6]))})" if len(unknown) > 1 else ""
-    owners = sorted(other.model_type for other in FAMILIES.values() if other.knows(name))
-    if owners:
-        hint = f"it belongs to {' and '.join(owners)}"
+    others_have = owners(str(name))
+    if others_have:
+        hint = f"it belongs to {' and '.join(others_have)}"
     else:
         close = difflib.get_close_matches(str(name)[:200], family.names(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "remove it if the model does not depend on it"
     raise ConfigError(
-        f"{name!r} is not a field of {family.model_type}{others}; {hint}".rstrip("?.")
-        + ("?" if hint[-1] == "?" else ".")
+        f"{name!r} is not a field of {family.model_type}{others}; {hint}".rstrip("?.") + ("?" if hint[-1] == "?" else ".")
     )
 
 

@@ -1,10 +1,10 @@
 """Which tensors of a checkpoint a graph reads, and how many parameters a model has."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from deltaloom.graph.ir import Graph
+from deltaloom.graph.ir import Graph, names_apart
 from deltaloom.graph.types import DType, QuantType, TensorType
 
 SCALE_SUFFIX = "_scale_inv"  # block FP8: X.weight is multiplied by X.weight_scale_inv
@@ -29,8 +29,17 @@ def checkpoint_tensors(*graphs: Graph | None) -> dict[str, StoredTensor]:
 
 def parameter_count(*graphs: Graph | None) -> int:
     """Elements of all parameters; one that several graphs share counts once, quantisation scales do not count."""
-    shapes = {name: type_.static_shape() for graph in graphs if graph for name, type_ in graph.all_params().items()}
-    return sum(math.prod(shape) for shape in shapes.values())
+    given = [graph for graph in graphs if graph]
+    if names_apart(*given):
+        shared = {value.name: value.type for graph in given for value in (graph.weights or graph).params}
+        inside = [one.graph for graph in given for one in graph.instances() if one.graph is not graph]
+        regions = {id(region): _elements(value.type for value in (region.weights or region).params) for region in inside}
+        return _elements(shared.values()) + sum(regions[id(region)] for region in inside)
+    return _elements({name: type_ for graph in given for name, type_ in graph.all_params().items()}.values())
+
+
+def _elements(types: Iterable[TensorType]) -> int:
+    return sum(math.prod(type_.static_shape()) for type_ in types)
 
 
 def _tensors(params: Mapping[str, TensorType]) -> Iterator[tuple[str, StoredTensor]]:

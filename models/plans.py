@@ -1,11 +1,11 @@
-"""How the families are divided over a mesh: the table of plans, and which meshes a model's config allows.
+"""How models are divided over a mesh: what the families' plans share, and which meshes a model's config allows.
 
 Heads stay together: what a mixer needs follows from one parameter of it, because the heads go through all of its ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deltaloom.graph.errors import ConfigError
@@ -21,17 +21,9 @@ DECODER: Plan = (
     Divide("self_attn.o_proj.weight", "i"),
     Divide("mlp.down_proj.weight", "i"),
 )
-EXPERTS: Plan = (Divide("mlp.experts.*down_proj*", "i"),)
-NEXT: Plan = (
-    Divide("linear_attn.A_log", "h"),
-    Divide("mlp.shared_expert.down_proj.weight", "i"),
-)
-PLANS: Mapping[str, Plan] = {
-    "qwen3": DECODER,
-    "qwen3_moe": DECODER + EXPERTS,
-    "qwen3_next": DECODER + EXPERTS + NEXT,
-}
-"""Names are relative to the layer. An embedding that is also the head is divided both ways, by the op that reads it."""
+EXPERT_WEIGHTS: Plan = (Divide("mlp.experts.*down_proj*", "i"),)
+"""Parts of families' plans. Names are relative to the layer. An embedding that is also the head is divided both ways, by the op
+that reads it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ def shard_pass(config: ModelConfig, mesh: Mesh) -> Shard:
     found = legal(config, mesh)
     if found.refusals:
         raise ConfigError(f"the mesh {_show(mesh)} does not fit this model: {'; '.join(found.refusals)}")
-    return Shard(tuple(check_mesh(mesh).items()), PLANS[config.model_type])
+    return Shard(tuple(check_mesh(mesh).items()), config.family.plan)
 
 
 def legal(config: ModelConfig, mesh: Mesh) -> Legality:
@@ -56,6 +48,7 @@ def legal(config: ModelConfig, mesh: Mesh) -> Legality:
     refusals = [_OTHER_AXES[axis] for axis in axes if axis in _OTHER_AXES]
     notes: list[str] = []
     if (tp := axes.get("tp", 1)) > 1:
+        refusals += [] if config.family.plan else [f"the family '{config.model_type}' does not say what of it can be divided"]
         refusals += [*_heads(config, tp), *_widths(config, tp)]
         refusals += [] if refusals else _blocks(config, tp)
         notes += [] if refusals else _notes(config, tp)

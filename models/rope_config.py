@@ -1,7 +1,7 @@
 """Rotary embedding: a config's fields and the frequencies that follow (Qwen3-Next specification, 2.2 and 7)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,16 +93,19 @@ def _mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def read_rope(values: Mapping[str, object], head_dim: int, max_positions: int, default_partial: float) -> RopeConfig:
+def read_rope(
+    values: Mapping[str, object], head_dim: int, max_positions: int, default_partial: float, ignored: Collection[str] = ()
+) -> RopeConfig:
     """RopeConfig from a whole config.json in the published or the transformers-5 form.
 
     A non-empty ``rope_scaling`` wins over ``rope_parameters``; theta and the partial factor are looked up in it, then
-    at the top level, then take the library's default. Raises ConfigError for what is unknown or contradicts itself.
+    at the top level, then take the library's default; ``ignored`` keys of it say nothing about the rotation. Raises ConfigError
+    for what is unknown or contradicts itself.
     """
     name, inner = effective_rope(values)
     fields, top = Fields(inner, f"{name}."), Fields(values)
     kind = _rope_type(fields, name)
-    _refuse_unknown_keys(inner, name, kind)
+    _refuse_unknown_keys([key for key in inner if key not in ignored], name, kind)
     theta = _theta(fields, top, name, kind)
     default_partial = top.number("partial_rotary_factor", default_partial, above=0.0, maximum=1.0)
     partial = fields.number("partial_rotary_factor", default_partial, above=0.0, maximum=1.0)
@@ -134,8 +137,8 @@ def _rope_type(fields: Fields, name: str) -> str:
     return kind
 
 
-def _refuse_unknown_keys(inner: Mapping[str, object], name: str, kind: str) -> None:
-    for key in inner:
+def _refuse_unknown_keys(keys: Collection[str], name: str, kind: str) -> None:
+    for key in keys:
         if key in _SHARED_KEYS or (kind == "yarn" and key in _YARN_KEYS):
             continue
         if key in _YARN_KEYS:

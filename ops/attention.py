@@ -8,7 +8,7 @@ import numpy as np
 
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
-from deltaloom.graph.types import TensorType, bool_
+from deltaloom.graph.types import TensorType, bool_, i64
 from deltaloom.ops.laws import PaddingIsNoOp, PermutationEquivariant, Streaming
 from deltaloom.ops.padding import left_padded
 from deltaloom.ops.precision import wide, wide_tensor
@@ -102,6 +102,28 @@ class Attention(Op):
         weights = weights.masked_fill(~allowed, 0).to(q.dtype)
         return (weights @ values.repeat_interleave(repeats, dim=1)).transpose(1, 2), keys, values
 
+    def onnx(self, b: Any, q: str, k: str, v: str, key_cache: str, value_cache: str, *valid: str) -> Any:
+        heads, key_heads, width = b.type(q).shape[2], b.type(k).shape[2], b.type(q).shape[3]
+        value_width, group = b.type(v).shape[3], heads // key_heads
+        keys = b.Concat(key_cache, b.Transpose(k, perm=[0, 2, 1, 3]), axis=2)
+        values = b.Concat(value_cache, b.Transpose(v, perm=[0, 2, 1, 3]), axis=2)
+        batch, seq, past = b.size(q, 0), b.size(q, 1), b.size(key_cache, 2)
+        columns = b.Add(past, seq)
+        # All query heads of a key head are rows of one product, so that keys are not repeated.
+        grouped = b.reshape(b.Transpose(b.wide(q), perm=[0, 2, 1, 3]), batch, key_heads, b.Mul(seq, b.ints(group)), width)
+        scores = b.Mul(b.MatMul(grouped, b.Transpose(b.wide(keys), perm=[0, 1, 3, 2])), b.attribute("scale"))
+        scores = b.reshape(scores, batch, key_heads, group, seq, columns)
+        rows = b.Unsqueeze(b.Range(*map(b.scalar, (past, columns)), b.constant(1, i64)), b.ints(1))
+        seen = b.LessOrEqual(b.Range(b.constant(0, i64), b.scalar(columns), b.constant(1, i64)), rows)
+        if valid:
+            seen = b.And(seen, b.Unsqueeze(valid[0], b.ints(1, 2, 3)))
+        # A finite number and not -inf: rows that may see nothing stay finite, and are 0 afterwards.
+        weights = b.Softmax(b.Where(seen, scores, b.like(-1e30, scores)), axis=-1)
+        weights = b.narrow(b.Where(seen, weights, b.like(0.0, weights)), q)
+        weights = b.reshape(b.wide(weights), batch, key_heads, b.Mul(seq, b.ints(group)), columns)
+        out = b.reshape(b.MatMul(weights, b.wide(values)), batch, heads, seq, value_width)
+        return b.narrow(b.Transpose(out, perm=[0, 2, 1, 3]), q), keys, values
+
     def cost(
         self,
         q: TensorType,
@@ -111,10 +133,10 @@ class Attention(Op):
         value_cache: TensorType,
         valid: TensorType | None = None,
     ) -> Cost:
-        """Of all columns (the causal half is not subtracted); the caches are read and their new entries written."""
-        columns = key_cache.shape[2] + k.shape[1]
-        rows = q.shape[0] * q.shape[1] * q.shape[2]
-        flops = rows * columns * (2 * q.shape[3] + 2 * v.shape[3] + 5)
+        """Of the columns that each position sees; the caches are read and their new entries written."""
+        past, seq = key_cache.shape[2], q.shape[1]
+        twice_seen = seq * (2 * past + seq + 1)
+        flops = q.shape[0] * q.shape[2] * twice_seen * (q.shape[3] + v.shape[3] + 3)
         out, _, _ = self.infer(q, k, v, key_cache, value_cache, valid)
         read = q.nbytes() + key_cache.nbytes() + value_cache.nbytes() + 2 * (k.nbytes() + v.nbytes())
         return Cost(flops, read + out.nbytes())

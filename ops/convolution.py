@@ -66,8 +66,19 @@ class CausalConv1d(Op):
             y = torch.nn.functional.silu(y)
         return y, u[:, :, x.shape[1] :]
 
+    def onnx(self, b: Any, x: str, weight: str, state: str) -> Any:
+        u = b.Concat(state, b.Transpose(x, perm=[0, 2, 1]), axis=2)
+        channels, taps = b.type(weight).shape[0], b.type(weight).shape[2]
+        y = b.narrow(b.Conv(b.wide(u), b.wide(weight), group=channels), x)
+        y = b.Transpose(y, perm=[0, 2, 1])
+        if self.activation == "silu":
+            f = b.wide(y)
+            y = b.narrow(b.Mul(f, b.Sigmoid(f)), x)
+        return y, b.slice(u, 2, b.size(x, 1)) if taps > 1 else b.Identity(state)
+
     def cost(self, x: TensorType, weight: TensorType, state: TensorType) -> Cost:
-        return Cost((2 * weight.shape[2] + 5) * x.elements(), self.moved_bytes(x, weight, state))
+        silu = 5 if self.activation == "silu" else 0
+        return Cost((2 * weight.shape[2] + silu) * x.elements(), self.moved_bytes(x, weight, state))
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:

@@ -52,6 +52,11 @@ class DeltaGates(Op):
         softplus = torch.nn.functional.softplus(total, threshold=40.0)
         return wide_tensor(torch, torch.sigmoid(b)), -torch.exp(wide_tensor(torch, a_log)) * softplus
 
+    def onnx(self, b: Any, b_: str, a: str, a_log: str, dt_bias: str) -> Any:
+        beta = b.wide(b.narrow(b.Sigmoid(b.wide(b_)), b_))
+        softplus = b.Softplus(b.Add(b.wide(a), b.wide(dt_bias)))
+        return beta, b.Mul(b.Neg(b.Exp(b.wide(a_log))), softplus)
+
     def cost(self, b: TensorType, a: TensorType, a_log: TensorType, dt_bias: TensorType) -> Cost:
         return Cost(12 * b.elements(), self.moved_bytes(b, a, a_log, dt_bias))
 

@@ -14,6 +14,7 @@ import numpy as np
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.types import TensorType, f32
+from deltaloom.ops import delta_rule_onnx
 from deltaloom.ops.laws import ChunkInvariant, PaddingIsNoOp, PermutationEquivariant, Streaming
 from deltaloom.ops.precision import wide, wide_dtype
 from deltaloom.ops.signature import Axes, floating, has_dtype
@@ -86,6 +87,9 @@ class GatedDeltaRule(Op):
         rule = _torch_step if v.shape[1] == 1 else _torch_chunked
         out, new_state = rule(torch, q, k, v.to(state.dtype), log_decay, beta, state)
         return out.to(v.dtype), new_state
+
+    def onnx(self, b: Any, q: str, k: str, v: str, log_decay: str, beta: str, state: str) -> Any:
+        return delta_rule_onnx.gated_delta_rule(b, q, k, v, log_decay, beta, state)
 
     def cost(
         self, q: TensorType, k: TensorType, v: TensorType, log_decay: TensorType, beta: TensorType, state: TensorType

@@ -32,6 +32,9 @@ class Add(Op):
     def torch(self, torch: Any, x: Any, y: Any) -> Any:
         return x + y
 
+    def onnx(self, b: Any, x: str, y: str) -> Any:
+        return b.Add(x, y)
+
     def cost(self, x: TensorType, y: TensorType) -> Cost:
         return Cost(x.elements(), self.moved_bytes(x, y))
 
@@ -57,6 +60,9 @@ class Mul(Op):
 
     def torch(self, torch: Any, x: Any, y: Any) -> Any:
         return x * y
+
+    def onnx(self, b: Any, x: str, y: str) -> Any:
+        return b.Mul(x, y)
 
     def cost(self, x: TensorType, y: TensorType) -> Cost:
         return Cost(self.infer(x, y).elements(), self.moved_bytes(x, y))
@@ -85,6 +91,12 @@ class ZerosLike(Op):
     def torch(self, torch: Any, x: Any) -> Any:
         return torch.zeros_like(x)
 
+    def onnx(self, b: Any, x: str) -> Any:
+        return b.Expand(b.like(0.0, x), b.Shape(x))
+
+    def cost(self, x: TensorType) -> Cost:
+        return Cost(0, x.nbytes())
+
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         return Case(cls(), (draw.normal(*_shape(draw)),))
@@ -105,6 +117,9 @@ class Sigmoid(Op):
 
     def torch(self, torch: Any, x: Any) -> Any:
         return torch.sigmoid(x)
+
+    def onnx(self, b: Any, x: str) -> Any:
+        return b.narrow(b.Sigmoid(b.wide(x)), x)
 
     def cost(self, x: TensorType) -> Cost:
         return Cost(4 * x.elements(), self.moved_bytes(x))
@@ -129,6 +144,10 @@ class Silu(Op):
 
     def torch(self, torch: Any, x: Any) -> Any:
         return torch.nn.functional.silu(x)
+
+    def onnx(self, b: Any, x: str) -> Any:
+        f = b.wide(x)
+        return b.narrow(b.Mul(f, b.Sigmoid(f)), x)
 
     def cost(self, x: TensorType) -> Cost:
         return Cost(5 * x.elements(), self.moved_bytes(x))
@@ -158,6 +177,10 @@ class Swiglu(Op):
     def torch(self, torch: Any, gate: Any, up: Any) -> Any:
         return torch.nn.functional.silu(gate) * up
 
+    def onnx(self, b: Any, gate: str, up: str) -> Any:
+        f = b.wide(gate)
+        return b.Mul(b.narrow(b.Mul(f, b.Sigmoid(f)), gate), up)
+
     def cost(self, gate: TensorType, up: TensorType) -> Cost:
         return Cost(6 * up.elements(), self.moved_bytes(gate, up))
 
@@ -186,6 +209,9 @@ class SigmoidGate(Op):
     def torch(self, torch: Any, x: Any, gate: Any) -> Any:
         return x * torch.sigmoid(gate)
 
+    def onnx(self, b: Any, x: str, gate: str) -> Any:
+        return b.Mul(x, b.narrow(b.Sigmoid(b.wide(gate)), gate))
+
     def cost(self, x: TensorType, gate: TensorType) -> Cost:
         return Cost(x.elements() + 4 * gate.elements(), self.moved_bytes(x, gate))
 
@@ -212,6 +238,13 @@ class OnePlus(Op):
     def torch(self, torch: Any, weight: Any) -> Any:
         return 1 + wide_tensor(torch, weight)
 
+    def onnx(self, b: Any, weight: str) -> Any:
+        f = b.wide(weight)
+        return b.Add(f, b.like(1.0, f))
+
+    def cost(self, weight: TensorType) -> Cost:
+        return Cost(weight.elements(), self.moved_bytes(weight))
+
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         return Case(cls(), (draw.normal(*_shape(draw)),))
@@ -236,6 +269,9 @@ class Cast(Op):
 
     def torch(self, torch: Any, x: Any) -> Any:
         return x.to(getattr(torch, self.dtype))
+
+    def onnx(self, b: Any, x: str) -> Any:
+        return b.cast(x, LONG_NAMES[self.dtype])
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:

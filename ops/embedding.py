@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, ClassVar
 
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
@@ -26,6 +27,12 @@ class Embedding(Op):
 
     def torch(self, torch: Any, ids: Any, weight: Any) -> Any:
         return torch.nn.functional.embedding(ids, weight)
+
+    def onnx(self, b: Any, ids: str, weight: str) -> Any:
+        return b.Gather(weight, ids, axis=0)
+
+    def reads(self, ids: TensorType, weight: TensorType) -> dict[str, Fraction]:
+        return {"weight": Fraction(1, weight.static_shape()[0])}
 
     def cost(self, ids: TensorType, weight: TensorType) -> Cost:
         return Cost(0, ids.nbytes() + 2 * self.infer(ids, weight).nbytes())

@@ -6,16 +6,16 @@ portable kernel for it; where no accelerated kernel takes one, it is taken apart
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from deltaloom.graph.builder import GraphBuilder
+from deltaloom.graph.dims import Dim
 from deltaloom.graph.errors import GraphError
 from deltaloom.graph.interpret import interpret, type_of
 from deltaloom.graph.ir import Graph
 from deltaloom.graph.op import Cost, Op
-from deltaloom.graph.registry import OpRegistry
 from deltaloom.graph.types import TensorType
 
 
@@ -34,10 +34,29 @@ class Fused(Op):
         return results[0] if len(results) == 1 else results
 
     def cost(self, *types: TensorType) -> Cost:
-        """FLOPs of the parts; bytes of the inputs and outputs alone, which is what fusing is for."""
+        """FLOPs of the parts; bytes of the inputs and outputs alone, which is what fusing is for, less what a part leaves untouched
+        of them: experts that no token reaches, the filled entries of a cache in its new value."""
         graph = parts(self, types)
-        flops = sum((node.op.cost(*(v.type for v in node.inputs)).flops for node in graph.nodes), start=0)
-        return Cost(flops, self.moved_bytes(*types))
+        flops: Dim = 0
+        untouched: Dim = 0
+        for node in graph.nodes:
+            given = [value.type for value in node.inputs]
+            cost = node.op.cost(*given)
+            flops = flops + cost.flops
+            if cost.bytes != 0:  # a view
+                untouched = untouched + node.op.moved_bytes(*given) - cost.bytes
+        return Cost(flops, self.moved_bytes(*types) - untouched)
+
+    def reads(self, *types: TensorType) -> dict[str, Fraction]:
+        """What the parts read of the inputs."""
+        graph = parts(self, types)
+        names = dict(zip(graph.inputs, self.input_names(), strict=False))
+        found: dict[str, Fraction] = {}
+        for node in graph.nodes:
+            given = dict(zip(node.op.input_names(), node.inputs, strict=False))
+            shares = node.op.reads(*(value.type for value in node.inputs))
+            found |= {names[given[name]]: share for name, share in shares.items() if given[name] in names}
+        return found
 
 
 @lru_cache(maxsize=256)
@@ -51,11 +70,6 @@ def parts(op: Op, types: tuple[TensorType, ...]) -> Graph:
     for position, value in enumerate(made if isinstance(made, tuple) else (made,)):
         builder.output(str(position), value)
     return builder.build()
-
-
-def without_fused(registry: OpRegistry) -> Iterator[type[Op]]:
-    """The ops that have a meaning of their own."""
-    return (op for op in registry if not issubclass(op, Fused))
 
 
 def _no_params(name: str) -> Any:

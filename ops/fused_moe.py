@@ -8,7 +8,7 @@ import numpy as np
 
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Case, Draw, Inferred
-from deltaloom.graph.types import TensorType
+from deltaloom.graph.types import TensorType, bf16
 from deltaloom.ops.fused import Fused
 from deltaloom.ops.laws import PermutationEquivariant
 
@@ -101,4 +101,4 @@ class SharedMoE(Fused):
             draw.normal(2 * shared, hidden) / np.sqrt(hidden),
             draw.normal(hidden, shared) / np.sqrt(shared),
         )
-        return Case(cls(), arrays)
+        return Case(cls(), arrays, (None,) * 4 + (draw.choice(None, None, bf16),) * 4)

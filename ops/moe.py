@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,11 +10,11 @@ import numpy as np
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.quantized import QuantizedArray
-from deltaloom.graph.types import TensorType, i32
+from deltaloom.graph.types import TensorType, i32, i64
 from deltaloom.ops import precision
 from deltaloom.ops.laws import PermutationEquivariant
 from deltaloom.ops.precision import wide, wide_tensor
-from deltaloom.ops.quantized import draw_quantised, is_weight, plain, plain_tensor
+from deltaloom.ops.quantized import draw_stored, is_weight, plain, plain_tensor
 from deltaloom.ops.signature import Axes, floating, has_dtype
 
 
@@ -57,6 +58,14 @@ class RouterTopK(Op):
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(logits.dtype), ids.to(torch.int32)
 
+    def onnx(self, b: Any, logits: str) -> Any:
+        f = b.wide(logits)
+        _, ids = b.TopK(f, b.reshape(b.attribute("k"), 1), axis=-1, largest=1, sorted=1, outputs=2)
+        weights = b.GatherElements(b.Softmax(f, axis=-1), ids, axis=-1)
+        if self.normalize:
+            weights = b.Div(weights, b.ReduceSum(weights, b.ints(-1), keepdims=1))
+        return b.narrow(weights, logits), b.cast(ids, i32)
+
     def cost(self, logits: TensorType) -> Cost:
         return Cost(5 * logits.elements(), self.moved_bytes(logits))
 
@@ -74,15 +83,13 @@ class MoEExperts(Op):
     """y = sum_j weights_j * down[e] swiglu(gate_up[e] x) with e = ids_j; in the model dtype, the sum in float32.
 
     x [batch, seq, H]; weights, ids [batch, seq, k]; gate_up [E, 2 I, H] (gate rows, then up rows); down [E, H, I]. Quantised
-    experts mean what ``dequantize`` makes of them in the dtype of x."""
+    experts mean what ``dequantize`` makes of them in the dtype of x, those in bfloat16 their numbers widened to that."""
 
     name: ClassVar[str] = "moe_experts"
     sharding: ClassVar[str] = "b s h!, b s k!, b s k!, e! (2 i) h!, e! h! i -> b s h!"
     laws: ClassVar[tuple[Any, ...]] = (PermutationEquivariant(("x", "weights", "ids")),)
 
-    def infer(
-        self, x: TensorType, weights: TensorType, ids: TensorType, gate_up: TensorType, down: TensorType
-    ) -> TensorType:
+    def infer(self, x: TensorType, weights: TensorType, ids: TensorType, gate_up: TensorType, down: TensorType) -> TensorType:
         dtype = floating("x", x)
         axes = Axes()
         axes.bind("x", x, "batch seq hidden")
@@ -123,10 +130,45 @@ class MoEExperts(Op):
             y = y.index_add(0, row, (weights.flatten(0, 1)[row, rank, None] * result).to(y.dtype))
         return y.to(x.dtype).unflatten(0, x.shape[:2])
 
+    def onnx(self, b: Any, x: str, weights: str, ids: str, gate_up: str, down: str) -> Any:
+        """A loop over the experts that some token chose: its tokens are gathered, and its results added where they belong."""
+        hidden, k = b.type(x).shape[-1], b.type(ids).shape[-1]
+        rows = b.reshape(x, -1, hidden)
+        chosen, shares = b.cast(b.reshape(ids, -1, k), i64), b.reshape(weights, -1, k)
+        hit = b.Unique(b.cast(b.reshape(ids, -1), i64), outputs=1)
+        wider = b.wide(rows)
+        start = b.Mul(wider, b.like(0.0, wider))
+
+        def expert(b: Any, number: str, sums: str) -> tuple[str]:
+            which = b.Gather(hit, number, axis=0)
+            places = b.Transpose(b.NonZero(b.Equal(chosen, which)), perm=[1, 0])
+            row = b.slice(places, 1, 0, 1)
+            own = b.GatherND(rows, row)
+            both = b.narrow(b.Gemm(b.wide(own), b.wide(b.Gather(gate_up, which, axis=0)), transB=1), x)
+            gate, up = b.Split(both, axis=-1, num_outputs=2, outputs=2)
+            f = b.wide(gate)
+            inner = b.Mul(b.narrow(b.Mul(f, b.Sigmoid(f)), x), up)
+            made = b.narrow(b.Gemm(b.wide(inner), b.wide(b.Gather(down, which, axis=0)), transB=1), x)
+            share = b.Unsqueeze(b.GatherND(shares, places), b.ints(-1))
+            return (b.ScatterND(sums, row, b.wide(b.Mul(made, share)), reduction="add"),)
+
+        (sums,) = b.loop(expert, b.reshape(b.Size(hit)), states=[(start, b.kind(start, 2))])
+        return b.narrow(b.Reshape(sums, b.Shape(x)), x)
+
+    def reads(
+        self, x: TensorType, weights: TensorType, ids: TensorType, gate_up: TensorType, down: TensorType
+    ) -> dict[str, Fraction]:
+        return dict.fromkeys(("gate_up", "down"), Fraction(ids.with_shape(ids.shape[2]).static_shape()[0], down.static_shape()[0]))
+
     def cost(self, x: TensorType, weights: TensorType, ids: TensorType, gate_up: TensorType, down: TensorType) -> Cost:
-        """FLOPs of the routed tokens; bytes of all experts, which is too many for a few tokens."""
-        expert = 3 * down.shape[1] * down.shape[2]
-        return Cost(2 * ids.elements() * expert, self.moved_bytes(x, weights, ids, gate_up, down))
+        """FLOPs of the routed tokens; bytes of the experts that they reach if every expert is as likely. Where the number of tokens
+        is not known, those of all experts."""
+        flops = 2 * ids.elements() * 3 * down.shape[1] * down.shape[2]
+        experts, moved = down.static_shape()[0], self.moved_bytes(x, weights, ids, gate_up, down)
+        chosen, tokens, stacked = ids.shape[2], ids.shape[0] * ids.shape[1], gate_up.nbytes() + down.nbytes()
+        if isinstance(chosen, int) and isinstance(tokens, int) and isinstance(stacked, int):
+            moved = moved - round((1 - chosen / experts) ** tokens * stacked)
+        return Cost(flops, moved)
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:
@@ -139,5 +181,5 @@ class MoEExperts(Op):
         gate_up = draw.normal(experts, 2 * inner, hidden) / np.sqrt(hidden)
         down = draw.normal(experts, hidden, inner) / np.sqrt(inner)
         x, weights = draw.normal(batch, seq, hidden), draw.uniform(0.0, 1.0, batch, seq, k)
-        stored = [draw_quantised(draw, w) if draw.choice(False, False, True) else w for w in (gate_up, down)]
-        return Case(cls(), (x, weights, ids.astype(np.int32), *stored))
+        stored, dtypes = draw_stored(draw, gate_up, down)
+        return Case(cls(), (x, weights, ids.astype(np.int32), *stored), (None, None, None, *dtypes))

@@ -47,6 +47,10 @@ class RMSNorm(Op):
         n = f * torch.rsqrt(f.square().mean(-1, keepdim=True) + self.eps)
         return (n * weight).to(x.dtype) if self.zero_centred else weight * n.to(x.dtype)
 
+    def onnx(self, b: Any, x: str, weight: str) -> Any:
+        n = _normalised(b, x, "ReduceMean")
+        return b.narrow(b.Mul(n, weight), x) if self.zero_centred else b.Mul(weight, b.narrow(n, x))
+
     def cost(self, x: TensorType, weight: TensorType) -> Cost:
         return Cost(4 * x.elements(), self.moved_bytes(x, weight))
 
@@ -94,6 +98,11 @@ class GatedRMSNorm(Op):
         scaled = weight * n.to(x.dtype)
         return (scaled * torch.nn.functional.silu(wide_tensor(torch, gate))).to(x.dtype)
 
+    def onnx(self, b: Any, x: str, gate: str, weight: str) -> Any:
+        scaled = b.Mul(weight, b.narrow(_normalised(b, x, "ReduceMean"), x))
+        f = b.wide(gate)
+        return b.narrow(b.Mul(b.wide(scaled), b.Mul(f, b.Sigmoid(f))), x)
+
     def cost(self, x: TensorType, gate: TensorType, weight: TensorType) -> Cost:
         return Cost(10 * x.elements(), self.moved_bytes(x, gate, weight))
 
@@ -127,9 +136,20 @@ class L2Norm(Op):
         f = wide_tensor(torch, x)
         return f * torch.rsqrt(f.square().sum(-1, keepdim=True) + self.eps)
 
+    def onnx(self, b: Any, x: str) -> Any:
+        return _normalised(b, x, "ReduceSum")
+
     def cost(self, x: TensorType) -> Cost:
         return Cost(3 * x.elements(), self.moved_bytes(x))
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         return Case(cls(eps=draw.choice(1e-6, 1e-2)), (draw.normal(draw.size(), draw.size(5), draw.size(70)),))
+
+
+def _normalised(b: Any, x: str, reduce: str) -> str:
+    """x / sqrt(mean or sum of x^2 + eps) in float32. ``Pow`` and not ``Mul(x, x)``: runtimes know the norm by it."""
+    f = b.wide(x)
+    total = b.node(reduce, [b.Pow(f, b.like(2.0, f)), b.ints(-1)], keepdims=1)[0]
+    result: str = b.Div(f, b.Sqrt(b.Add(total, b.attribute("eps"))))
+    return result

@@ -78,7 +78,8 @@ class PackedCausalConv1d(ServingForm):
         """Of the slots of a pool, one is read for each sequence and one written."""
         state = pool.with_shape(*pool.shape[1:]).nbytes()
         moved = 2 * x.nbytes() + weight.nbytes() + 2 * read_slots.shape[0] * state
-        return Cost((2 * weight.shape[2] + 5) * x.elements(), moved)
+        silu = 5 if self.activation == "silu" else 0
+        return Cost((2 * weight.shape[2] + silu) * x.elements(), moved)
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deltaloom.graph.errors import require
-from deltaloom.graph.op import Array, Case, Draw, Op
+from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.types import TensorType, bool_
 from deltaloom.ops.laws import Idempotent, PermutationEquivariant, Streaming
 from deltaloom.ops.signature import Axes, floating, has_dtype
@@ -41,6 +41,14 @@ class MaskPadding(Op):
     def torch(self, torch: Any, x: Any, valid: Any) -> Any:
         now = valid[:, valid.shape[1] - x.shape[1] :]
         return x.masked_fill(~now[(..., *[None] * (x.dim() - 2))], 0)
+
+    def onnx(self, b: Any, x: str, valid: str) -> Any:
+        now = b.slice(valid, 1, b.Neg(b.size(x, 1)))
+        rest = [1] * (b.type(x).rank - 2)
+        return b.Where(b.reshape(now, b.size(x, 0), b.size(x, 1), *rest), x, b.like(0.0, x))
+
+    def cost(self, x: TensorType, valid: TensorType) -> Cost:
+        return Cost(x.elements(), self.moved_bytes(x, valid))
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:

@@ -1,6 +1,7 @@
 """Quantised matrices: into codes and scales, back to plain numbers, and what an op that reads a quantised weight shares.
 
-A weight of a quantised type means the matrix that ``dequantize`` gives for it in the dtype of the op's first input.
+A weight of a quantised type means the matrix that ``dequantize`` gives for it in the dtype of the op's first input, x. A weight in
+bfloat16 means its numbers in that dtype, which is exact for float32 and float64.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from deltaloom.graph.dims import Dim
 from deltaloom.graph.errors import require
-from deltaloom.graph.op import Array, Case, Draw, Op
+from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import LONG_NAMES, DType, QuantType, TensorType, bf16, dtype_named, f8_e4m3, f32, i4, i8, parse_quant
 from deltaloom.ops.signature import floating, has_dtype
@@ -23,6 +24,13 @@ HIGHEST: dict[DType, float] = {i8: 127.0, i4: 7.0, f8_e4m3: 448.0}
 
 LIMIT = 2.0**127
 """Weights may not be larger: code times scale could leave float32."""
+
+READERS: dict[str, tuple[str, ...]] = {
+    "linear": ("weight",),
+    "moe_experts": ("gate_up", "down"),
+    "shared_moe": ("gate_up", "down", "shared_gate_up", "shared_down"),
+}
+"""Op -> its weights, which may be stored in another form than the dtype of x: quantised, or in bfloat16."""
 
 
 class Dequantize(Op):
@@ -53,6 +61,9 @@ class Dequantize(Op):
         if columns is not None:
             scale = scale.repeat_interleave(columns, -1)[..., :width]
         return (_code_tensor(torch, weight).to(computed) * scale).to(target)
+
+    def cost(self, weight: TensorType) -> Cost:
+        return Cost(weight.elements(), self.moved_bytes(weight))
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:
@@ -122,8 +133,8 @@ class Quantize(Op):
 
 
 def is_weight(name: str, type_: TensorType, dtype: DType) -> None:
-    """``GraphError`` unless a weight has ``dtype`` as x, or is quantised."""
-    if not isinstance(type_.dtype, QuantType):
+    """``GraphError`` unless a weight has ``dtype`` as x, is quantised, or is bfloat16."""
+    if not isinstance(type_.dtype, QuantType) and type_.dtype != bf16:
         has_dtype(name, type_, dtype, "as x")
 
 
@@ -150,14 +161,16 @@ def require_rows(name: str, type_: TensorType, shape: tuple[int, ...]) -> None:
 def plain(weight: Array | QuantizedArray, dtype: np.dtype[Any]) -> Array:
     """A weight as the array that it means for an x of ``dtype``."""
     if not isinstance(weight, QuantizedArray):
-        return weight
+        return weight.astype(dtype, copy=False)
     name = next(name for name, known in LONG_NAMES.items() if known.numpy == dtype)
     return Dequantize(name).reference(weight)
 
 
 def plain_tensor(torch: Any, weight: Any, dtype: Any) -> Any:
     """``plain`` for tensors."""
-    return Dequantize(str(dtype).removeprefix("torch.")).torch(torch, weight) if isinstance(weight, QuantizedArray) else weight
+    if not isinstance(weight, QuantizedArray):
+        return weight.to(dtype)
+    return Dequantize(str(dtype).removeprefix("torch.")).torch(torch, weight)
 
 
 def draw_form(draw: Draw) -> QuantType:
@@ -170,6 +183,15 @@ def draw_form(draw: Draw) -> QuantType:
 def draw_quantised(draw: Draw, weight: Array) -> QuantizedArray:
     """``weight`` [..., out, in] quantised to some form."""
     return Quantize(str(draw_form(draw))).reference(weight)
+
+
+def draw_stored(draw: Draw, *weights: Array) -> tuple[tuple[Array | QuantizedArray, ...], tuple[DType | None, ...]]:
+    """Weights [..., out, in] in forms that a reader takes, mostly all in one, and the dtypes that a case fixes for them."""
+    kinds = ("as x", "bf16", "quantised")
+    all_as = draw.choice("as x", *kinds, "")
+    forms = [all_as or draw.choice(*kinds) for _ in weights]
+    stored = tuple(draw_quantised(draw, weight) if form == "quantised" else weight for weight, form in zip(weights, forms))
+    return stored, tuple(bf16 if form == "bf16" else None for form in forms)
 
 
 def draw_pieces(draw: Draw) -> tuple[int, QuantizedArray, tuple[QuantizedArray, ...]]:

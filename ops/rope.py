@@ -8,7 +8,7 @@ import numpy as np
 
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
-from deltaloom.graph.types import LONG_NAMES, TensorType, dtype_named
+from deltaloom.graph.types import LONG_NAMES, TensorType, dtype_named, f32
 from deltaloom.ops.laws import PermutationEquivariant, Streaming
 from deltaloom.ops.signature import Axes, floating, has_dtype, integral
 
@@ -49,6 +49,13 @@ class RotaryEmbedding(Op):
         if target == torch.float64:
             angles = angles.to(torch.float64)
         return (angles.cos() * self.magnitude).to(target), (angles.sin() * self.magnitude).to(target)
+
+    def onnx(self, b: Any, positions: str) -> Any:
+        where = b.Unsqueeze(b.cast(positions, f32), b.ints(-1))
+        angles = b.Mul(where, b.constant(self.inv_freq))
+        magnitude = b.attribute("magnitude")
+        target = dtype_named(self.dtype)
+        return tuple(b.cast(b.Mul(turn(angles), magnitude), target) for turn in (b.Cos, b.Sin))
 
     def cost(self, positions: TensorType) -> Cost:
         return Cost(20 * len(self.inv_freq) * positions.elements(), self.moved_bytes(positions))
@@ -94,6 +101,14 @@ class Rope(Op):
         x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
         cos, sin = cos[:, :, None], sin[:, :, None]
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
+
+    def onnx(self, b: Any, x: str, cos: str, sin: str) -> Any:
+        half, width = b.type(cos).shape[-1], b.type(x).shape[-1]
+        rest = width - 2 * half
+        x1, x2, *tail = b.Split(x, b.ints(half, half, *([rest] if rest else [])), axis=-1, outputs=2 + bool(rest))
+        c, s = (b.Unsqueeze(angle, b.ints(2)) for angle in (cos, sin))
+        turned = b.Sub(b.Mul(x1, c), b.Mul(x2, s)), b.Add(b.Mul(x2, c), b.Mul(x1, s))
+        return b.Concat(*turned, *tail, axis=-1)
 
     def cost(self, x: TensorType, cos: TensorType, sin: TensorType) -> Cost:
         return Cost(6 * cos.elements() * x.shape[2], self.moved_bytes(x, cos, sin))

@@ -20,16 +20,16 @@ The reference of a serving form is a loop over the sequences that calls the refe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from deltaloom.graph.builder import GraphBuilder
+from deltaloom.graph.builder import GraphBuilder, OpMethod
 from deltaloom.graph.dims import Dim
 from deltaloom.graph.errors import GraphError, require
-from deltaloom.graph.op import Array, Case, Draw, Op
+from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.registry import OpRegistry, ops
 from deltaloom.graph.types import TensorType, i32
 from deltaloom.ops.signature import Axes, has_dtype
@@ -63,13 +63,18 @@ class ServingBuilder:
         self._forms = serving_forms(ops)
 
     def __getattr__(self, name: str) -> Any:
-        form = self._forms.get(name)
-        if form is None:
+        if name in vars(self._builder) or hasattr(type(self._builder), name):
             return getattr(self._builder, name)
+        return ops.attribute(name, self._method)
+
+    def _method(self, op: type[Op]) -> Callable[..., Any]:
+        form = self._forms.get(op.name)
+        if form is None:
+            return OpMethod(self._builder, op)
 
         def packed(*inputs: Any, **attributes: Any) -> Any:
             layout = [self._layout[key] for key in form.layout if key in self._layout]
-            return getattr(self._builder, form.name)(*inputs, *layout, **attributes)
+            return OpMethod(self._builder, form)(*inputs, *layout, **attributes)
 
         return packed
 
@@ -170,6 +175,9 @@ class TakeRows(Op):
 
     def torch(self, torch: Any, x: Any, rows: Any) -> Any:
         return x.index_select(1, rows)
+
+    def cost(self, x: TensorType, rows: TensorType) -> Cost:
+        return Cost(0, rows.nbytes() + 2 * self.infer(x, rows).nbytes())
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:

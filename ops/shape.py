@@ -9,12 +9,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deltaloom.graph.dims import Dim
-from deltaloom.graph.errors import require
-from deltaloom.graph.op import Array, Case, Draw, Op
+from deltaloom.graph.errors import GraphError, require
+from deltaloom.graph.op import Array, Case, Cost, Draw, Op
 from deltaloom.graph.quantized import QuantizedArray, joined, stacked
 from deltaloom.graph.types import TensorType
 from deltaloom.ops.laws import PermutationEquivariant
 from deltaloom.ops.quantized import Quantize, draw_form, draw_pieces, require_borders, require_rows
+
+
+def _only_a_view(op: Op, *types: TensorType) -> Cost:
+    """The input seen in another way: nothing is computed and nothing moves."""
+    return Cost(0, 0)
 
 
 class Reshape(Op):
@@ -41,6 +46,11 @@ class Reshape(Op):
 
     def torch(self, torch: Any, x: Any) -> Any:
         return x.reshape(self.shape)
+
+    def onnx(self, b: Any, x: str) -> Any:
+        return b.reshape(x, *self.shape)
+
+    cost = _only_a_view
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:
@@ -78,6 +88,11 @@ class Unflatten(Op):
     def torch(self, torch: Any, x: Any) -> Any:
         return x.unflatten(-1, self.sizes)
 
+    def onnx(self, b: Any, x: str) -> Any:
+        return b.reshape(x, *(b.size(x, axis) for axis in range(b.type(x).rank - 1)), *self.sizes)
+
+    cost = _only_a_view
+
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         sizes = tuple(draw.size(5) for _ in range(draw.integer(1, 3)))
@@ -111,6 +126,12 @@ class Flatten(Op):
     def torch(self, torch: Any, x: Any) -> Any:
         return x.flatten(-self.axes)
 
+    def onnx(self, b: Any, x: str) -> Any:
+        kept = b.type(x).rank - self.axes
+        return b.reshape(x, *(b.size(x, axis) for axis in range(kept)), prod(b.type(x).shape[kept:]))
+
+    cost = _only_a_view
+
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         shape = tuple(draw.size(5) for _ in range(draw.integer(1, 4)))
@@ -126,10 +147,12 @@ class Concat(Op):
     def infer(self, *xs: TensorType) -> TensorType:
         first = xs[0]
         axis = _axis(self.axis, "x", first)
+        rest = _without(first, axis)
         total: Dim = 0
         for position, x in enumerate(xs):
-            fits = x.rank == first.rank and _without(x, axis) == _without(first, axis) and x.dtype == first.dtype
-            require(fits, f"input {position} of concat is {x}, but input 0 {first}: only axis {axis} may differ")
+            same = x is first or (x.rank == first.rank and _without(x, axis) == rest and x.dtype == first.dtype)
+            if not same:  # hundreds of experts come by here, so the message is written only where it is needed
+                raise GraphError(f"input {position} of concat is {x}, but input 0 {first}: only axis {axis} may differ")
             total = total + x.shape[axis]
         whole = TensorType(first.dtype, (*first.shape[:axis], total, *first.shape[axis + 1 :]))
         require_borders("the result", whole, axis, [x.shape[axis] for x in xs])
@@ -146,6 +169,9 @@ class Concat(Op):
 
     def torch(self, torch: Any, *xs: Any) -> Any:
         return joined(xs, self.axis, torch.cat) if isinstance(xs[0], QuantizedArray) else torch.cat(xs, dim=self.axis)
+
+    def onnx(self, b: Any, *xs: str) -> Any:
+        return b.Concat(*xs, axis=self.axis)
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:
@@ -193,6 +219,12 @@ class Split(Op):
     def torch(self, torch: Any, x: Any) -> Any:
         return x.split(self.sizes, self.axis) if isinstance(x, QuantizedArray) else torch.split(x, self.sizes, dim=self.axis)
 
+    def onnx(self, b: Any, x: str) -> Any:
+        made = b.Split(x, b.ints(*self.sizes), axis=self.axis, outputs=len(self.sizes))
+        return made if len(self.sizes) > 1 else (made,)
+
+    cost = _only_a_view
+
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         shape = [draw.size(5) for _ in range(draw.integer(1, 3))]
@@ -212,7 +244,8 @@ class Stack(Op):
 
     def infer(self, *xs: TensorType) -> TensorType:
         for position, x in enumerate(xs):
-            require(x == xs[0], f"input {position} of stack is {x}, but input 0 is {xs[0]}")
+            if x is not xs[0] and x != xs[0]:
+                raise GraphError(f"input {position} of stack is {x}, but input 0 is {xs[0]}")
         return TensorType(xs[0].dtype, (len(xs), *xs[0].shape))
 
     def factors(self, *xs: TensorType) -> str:
@@ -224,6 +257,9 @@ class Stack(Op):
 
     def torch(self, torch: Any, *xs: Any) -> Any:
         return stacked(xs, torch.stack) if isinstance(xs[0], QuantizedArray) else torch.stack(xs)
+
+    def onnx(self, b: Any, *xs: str) -> Any:
+        return b.Concat(*(b.Unsqueeze(x, b.ints(0)) for x in xs), axis=0)
 
     @classmethod
     def cases(cls, draw: Draw) -> Case:
@@ -256,6 +292,11 @@ class Transpose(Op):
     def torch(self, torch: Any, x: Any) -> Any:
         return x.permute(self.axes)
 
+    def onnx(self, b: Any, x: str) -> Any:
+        return b.Transpose(x, perm=list(self.axes))
+
+    cost = _only_a_view
+
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         shape = tuple(draw.size(5) for _ in range(draw.integer(1, 4)))
@@ -280,6 +321,11 @@ class TakeLast(Op):
     def torch(self, torch: Any, x: Any) -> Any:
         return x[:, -1:]
 
+    def onnx(self, b: Any, x: str) -> Any:
+        return b.slice(x, 1, -1)
+
+    cost = _only_a_view
+
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         rest = [draw.size(5) for _ in range(draw.integer(0, 2))]
@@ -288,7 +334,8 @@ class TakeLast(Op):
 
 def _axis(axis: int, name: str, type_: TensorType) -> int:
     """``axis`` counted from the front."""
-    require(-type_.rank <= axis < type_.rank, f"{name} {type_} has no axis {axis}")
+    if not -type_.rank <= axis < type_.rank:
+        raise GraphError(f"{name} {type_} has no axis {axis}")
     return axis % type_.rank
 
 

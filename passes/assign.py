@@ -10,8 +10,8 @@ from deltaloom.graph.errors import CompileError
 from deltaloom.graph.ir import Call, Graph, Node, Placement, Refusal, Value
 from deltaloom.graph.rewriter import Rewriter
 from deltaloom.ops.fused import Fused
-from deltaloom.passes.kernel import Kernel
-from deltaloom.passes.pipeline import Context, Pass
+from deltaloom.passes.kernel import Kernel, kernels_for
+from deltaloom.passes.pipeline import Context, Event, Pass
 
 LayoutKey = tuple[str, str, str]
 """Graph or region name, weight name and backend."""
@@ -61,6 +61,8 @@ class Assign(Pass):
                 return Placement(kernel.backend, kernel.name, tuple(refusals), kernel.layouts(node))
             refusals.append(Refusal(kernel.name, reason))
         if decomposition(node) is not None:
+            why = "; ".join(map(str, refusals)) or "no backend has a kernel for it"
+            ctx.events.append(Event("taken apart", node.op.name, graph_name, node.name, why))
             return None
         lines = "".join(f"\n  {r.kernel}: {r.reason}" for r in refusals) or "\n  no backend has a kernel for this op"
         order = ", ".join(order_for(node, ctx))
@@ -103,9 +105,7 @@ def _override_inside(node: Node, ctx: Context) -> str | None:
 def candidates(node: Node, ctx: Context) -> Iterator[Kernel]:
     """Every kernel for the op of ``node``, in the configured order."""
     for name in order_for(node, ctx):
-        for kernel in ctx.backend(name).kernels():
-            if kernel.op == node.op.name:
-                yield kernel
+        yield from kernels_for(ctx.backend(name), node.op.name, first=ctx.config.use.get(f"kernels.{name}"))
 
 
 def decomposition(node: Node) -> Graph | None:

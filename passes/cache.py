@@ -91,9 +91,10 @@ def cache_of(config: CompileConfig) -> CompileCache | None:
 class CompileCache:
     """Entries under their keys in one folder, which is made when the first one is written."""
 
-    def __init__(self, folder: Path) -> None:
-        """``ConfigError`` for a folder that other users can get at."""
+    def __init__(self, folder: Path, *, instead: str = "compiling") -> None:
+        """``ConfigError`` for a folder that other users can get at. ``instead``: what is done where an entry cannot be used."""
         self.folder = folder
+        self._instead = instead
         fault = folder_fault(folder)
         if fault is not None:
             raise ConfigError(f"{fault}, or switch the cache off (--no-cache)")
@@ -106,12 +107,12 @@ class CompileCache:
         except FileNotFoundError:
             return None
         except (_Unusable, OSError) as error:
-            self._warn(f"the cache entry {path} is not used: {_reason(error)}; compiling instead")
+            self._warn(f"the cache entry {path} is not used: {_reason(error)}; {self._instead} instead")
             return None
 
     def reject(self, key: CacheKey, kind: str, reason: object) -> None:
         """Say that the contents of an entry turned out to be unusable."""
-        self._warn(f"the cache entry {self._path(key, kind)} is not used: {reason}; compiling instead")
+        self._warn(f"the cache entry {self._path(key, kind)} is not used: {reason}; {self._instead} instead")
 
     def write(self, key: CacheKey, kind: str, parts: Mapping[str, str]) -> bool:
         """Keep ``parts``; False, with a warning, where that cannot be done."""

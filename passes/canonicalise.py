@@ -51,8 +51,8 @@ def _with_plain_axes(graph: Graph) -> Graph:
         if not isinstance(op, (Split, Concat)):
             return node
         rank = node.inputs[0].type.rank
-        axis = op.axis % rank
-        return replace(node, op=replace(op, axis=-1 if axis == rank - 1 else axis))
+        axis = -1 if op.axis % rank == rank - 1 else op.axis % rank
+        return node if axis == op.axis else replace(node, op=replace(op, axis=axis))
 
     nodes = tuple(map(plain, graph.nodes))
     return graph if nodes == graph.nodes else replace(graph, nodes=nodes)

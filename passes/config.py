@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from deltaloom.graph import plugins
 from deltaloom.graph.errors import ConfigError, require
 from deltaloom.passes.quantise_policy import Policy, quantise_policy
 from deltaloom.passes.shard.plan import check_mesh
@@ -27,11 +28,16 @@ class CompileConfig:
     less those that ``skip`` names. ``fuel``: after so many rewrites, rules change nothing more; None is no limit. ``mesh``: ranks
     along each axis of a partition, ``{"tp": 2}``.
 
-    ``quantise``: a scheme for the weights of all products ('int8', 'int4', 'fp8'), or a table of name pattern = scheme, of which
-    the first that matches decides (``deltaloom.passes.quantise_policy``). ``keep_quantized``: weights stored quantised stay so.
+    ``quantise``: a scheme for the weights of all products ('bf16', 'int8', 'int4', 'fp8'), or a table of name pattern = scheme, of
+    which the first that matches decides (``deltaloom.passes.quantise_policy``). ``keep_quantized``: weights stored quantised stay
+    so.
+
+    ``use``: whose backend, model type or kernels are used where plugins offer some too: ``{"backends.numpy": "mylab"}`` replaces a
+    backend, ``{"kernels.numpy": "mylab"}`` prefers a plugin's kernels to the backend's; 'deltaloom' stands for what is built in.
 
     ``cache``: where compiled graphs are kept: 'off', 'default' (``~/.cache/deltaloom``) or a folder. ``dump``: a folder for the
-    graph after every pass. Raises ``ConfigError`` or ``CompileError`` for values that cannot work, pipelines included."""
+    graph after every pass. Raises ``ConfigError`` or ``CompileError`` for values that cannot work, pipelines included, and
+    ``PluginError`` for plugins that ``use`` or a pipeline names and that cannot be used."""
 
     backends: tuple[str, ...] = ("numpy",)
     dtype: str = "auto"
@@ -46,6 +52,7 @@ class CompileConfig:
     mesh: Mapping[str, int] = field(default_factory=dict)
     quantise: str | Mapping[str, str] = field(default_factory=dict)
     keep_quantized: bool = False
+    use: Mapping[str, str] = field(default_factory=dict)
     cache: str = CACHE_OFF
     dump: str | None = None
 
@@ -68,6 +75,7 @@ class CompileConfig:
         require(self.fuel is None or self.fuel >= 0, f"fuel is {self.fuel}, expected at least 0", ConfigError)
         require(bool(self.cache), "cache is empty; give 'off', 'default' or a folder", ConfigError)
         quantise_policy(self.quantise)
+        plugins.check_use(self.use)
         self._check_pipelines()
 
     def _check_pipelines(self) -> None:
@@ -130,6 +138,10 @@ def compile_config(table: Mapping[str, Any], origin: str = "the configuration") 
         elif key == "kernels":
             require(isinstance(value, Mapping), f"{origin}: kernels must be a table of op = [backends]", ConfigError)
             values[key] = {op: _names(order, f"kernels.{op}", origin) for op, order in value.items()}
+        elif key == "use":
+            texts = isinstance(value, Mapping) and all(isinstance(owner, str) for owner in value.values())
+            require(texts, f'{origin}: use is {value!r}, expected a table such as {{ "backends.numpy" = "mylab" }}', ConfigError)
+            values[key] = dict(value)
         elif key == "mesh":
             whole = isinstance(value, Mapping) and all(type(ranks) is int for ranks in value.values())
             require(whole, f"{origin}: mesh is {value!r}, expected a table of axis = ranks", ConfigError)

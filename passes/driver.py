@@ -16,7 +16,7 @@ from deltaloom.passes.cache import CompileCache
 from deltaloom.passes.cache_key import CacheKey, cache_key
 from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.emit import Program, emit
-from deltaloom.passes.pipeline import Compiled, Context, Fuel, LedgerRow, Pass, run_pipeline
+from deltaloom.passes.pipeline import Compiled, Context, Fuel, LedgerRow, Pass, Watch, run_pipeline
 from deltaloom.passes.prepack import Conflict, decide_layouts
 from deltaloom.passes.serving_layout import ServingVariant
 from deltaloom.passes.shard.plan import Plan
@@ -121,6 +121,21 @@ class Driver:
             self._programs[variant] = self._from_cache(variant) or self._compiled(variant)
         return self._programs[variant]
 
+    def pass_names(self, variant: AnyVariant | None = None) -> tuple[str, ...]:
+        """The passes that run: of the shared part, or of the program of ``variant`` after it."""
+        steps = self._shared_passes() if variant is None else self._program_passes(variant, {})
+        return tuple(step.name for step in steps)
+
+    def trace(self, variant: AnyVariant | None = None) -> list[Graph]:
+        """The graph after each of ``pass_names``, made anew; as placed programs have it, layouts of weights decided."""
+        graphs: list[Graph] = []
+        if variant is None:
+            ctx = replace(self.ctx, fuel=Fuel(self.ctx.config.fuel))
+            run_pipeline(self._graph, self._shared_passes(), ctx, watch=lambda _, graph: graphs.append(graph))
+        else:
+            self._place(variant, self.layouts, watch=lambda _, graph: graphs.append(graph))
+        return graphs
+
     def _decide(self, planned: tuple[AnyVariant, ...]) -> Decisions:
         """Run the shared part and see which layouts the planned programs want."""
         shared = self.shared
@@ -151,14 +166,24 @@ class Driver:
             self.stored.keep_program(variant.title, done)
         return program
 
-    def _place(self, variant: AnyVariant, layouts: Mapping[LayoutKey, tuple[int, ...]], *, stop: str = "") -> Compiled:
+    def _place(
+        self,
+        variant: AnyVariant,
+        layouts: Mapping[LayoutKey, tuple[int, ...]],
+        *,
+        stop: str = "",
+        watch: Watch | None = None,
+    ) -> Compiled:
         """The graph of ``variant`` after the program part of the pipeline, or after the first pass that establishes ``stop``."""
         shared = self.shared
-        passes = _passes(variant.steps(self.ctx.config), {**variant.facts, "layouts": layouts})
+        passes = self._program_passes(variant, layouts)
         last = next((i for i, step in enumerate(passes) if stop in step.establishes), len(passes))
         title = f"{variant}-{variant.outputs[-1] if variant.outputs else 'state'}"
         ctx = replace(self.ctx, fuel=replace(self.ctx.fuel))
-        return run_pipeline(shared.graph, passes[: last + 1], ctx, properties=shared.properties, title=title)
+        return run_pipeline(shared.graph, passes[: last + 1], ctx, properties=shared.properties, title=title, watch=watch)
+
+    def _program_passes(self, variant: AnyVariant, layouts: Mapping[LayoutKey, tuple[int, ...]]) -> list[Pass]:
+        return _passes(variant.steps(self.ctx.config), {**variant.facts, "layouts": layouts})
 
     def _shared_passes(self) -> list[Pass]:
         config = self.ctx.config

@@ -5,7 +5,8 @@ that takes ``weights``, ``fixed`` and ``append`` as dictionaries by call prefix 
 nodes for a backend that compiles (``torch.compile``) become functions of their own, which that backend finishes.
 
 A program whose memory is planned (passes/memory.py) takes ``buffers`` as one more argument: for every call prefix a tuple with one
-entry for each ``out=`` and ``scratch=`` of the function, in order. Where an entry is None, the kernel allocates.
+entry for each ``out=`` and ``scratch=`` of the function, in order. Where an entry is None, the kernel allocates. In any other
+program a value is deleted after its last use, so that its memory is free for the next.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.ir import Call, Graph, Node, Value
+from deltaloom.graph.lifetimes import last_uses
 from deltaloom.graph.naming import free_name
 from deltaloom.graph.types import TensorType
 from deltaloom.passes.emit_names import Names, identifier
@@ -66,6 +68,8 @@ class Program:
     outputs: tuple[str, ...]
     signatures: Mapping[str, Signature]
     memory: MemoryNeeds | None = None
+    finished: tuple[tuple[str, str], ...] = ()
+    """The emitted functions that a backend made ready, and that backend."""
 
     def function(self, graph: Graph) -> str:
         """The name of the top level ("") or a region in ``signatures``, ``memory`` and its plans."""
@@ -104,7 +108,7 @@ def emit(graph: Graph, ctx: Context, title: str) -> Program:
         space[function] = ctx.backend(backend).finish(space[function], function)
     run = space[names.function(graph.name)]
     outputs = tuple(name for name, _ in graph.outputs)
-    return Program(graph, source, run, outputs, signatures, memory)
+    return Program(graph, source, run, outputs, signatures, memory, tuple(finished))
 
 
 def _execute(bodies: Sequence[str], names: Names, file: str, source: str, *, skip: int) -> dict[str, Any]:
@@ -180,6 +184,12 @@ class _Body:
     def add(self, line: str) -> None:
         self.lines.append(f"    {line}")
 
+    def delete(self, values: Sequence[Value]) -> None:
+        """Drop those of ``values`` that have a name here."""
+        found = [self.local[value] for value in values if value in self.local]
+        if found:
+            self.add(f"del {', '.join(found)}")
+
 
 def _function(
     graph: Graph,
@@ -204,17 +214,20 @@ def _function(
     _unpack(body, [body.new_buffers(slot) for slot in signature.buffers], f"buffers{own}")
     before: list[str] = []
     scope = ""
+    ends = {} if planned else last_uses(graph)
     for number, (backend, nodes) in enumerate(runs(graph)):
         if backend is not None and ctx.backend(backend).compiles:
             title = names.segment(graph, number)
             finished.append((title, backend))
-            before += _segment(title, graph, nodes, body, names, ctx)
+            before += _segment(title, graph, nodes, body, names, ctx, ends)
+            body.delete([value for node in nodes for value in ends.get(node.name, ())])
             continue
         for node in nodes:
             if node.scope != scope:
                 scope = node.scope
                 body.add(f"# {scope or graph.name}")
             _node(body, node, graph, signatures, names, ctx)
+            body.delete(ends.get(node.name, ()))
     updates = dict(graph.updates)
     new_fixed = [body.name(updates[slot.name]) for slot in signature.fixed]
     results = _tuple([body.name(value) for _, value in graph.outputs])
@@ -258,18 +271,30 @@ def _kernel_call(body: _Body, node: Node, names: Names, ctx: Context) -> str:
     return f"{names.kernel(node, ctx)}({', '.join([*arguments, *body.buffers(node)])})"
 
 
-def _returned(node: Node, graph: Graph) -> list[Value]:
+def returned_values(node: Node) -> list[Value]:
     """The outputs that a kernel returns: all but the append states, which it extends in place."""
     appended = {node.op.updates[name] for name in node.op.appends}
-    updated = {value for _, value in graph.updates}
-    for index in appended:
-        value = node.outputs[index]
-        if graph.users.get(value) or value not in updated:
-            raise CompileError(f"%{value.name} is an append state of %{node.name} and can only be a state's new value")
     return [value for index, value in enumerate(node.outputs) if index not in appended]
 
 
-def _segment(title: str, graph: Graph, nodes: Sequence[Node], outer: _Body, names: Names, ctx: Context) -> list[str]:
+def _returned(node: Node, graph: Graph) -> list[Value]:
+    """What the kernel of a node of ``graph`` returns."""
+    found, updated = returned_values(node), {value for _, value in graph.updates}
+    for value in node.outputs:
+        if value not in found and (graph.users.get(value) or value not in updated):
+            raise CompileError(f"%{value.name} is an append state of %{node.name} and can only be a state's new value")
+    return found
+
+
+def _segment(
+    title: str,
+    graph: Graph,
+    nodes: Sequence[Node],
+    outer: _Body,
+    names: Names,
+    ctx: Context,
+    ends: Mapping[str, Sequence[Value]],
+) -> list[str]:
     """A function for a run of nodes of one compiling backend, and its call in ``outer``."""
     inner = _Body(names)
     inputs: dict[str, str] = {}
@@ -287,6 +312,7 @@ def _segment(title: str, graph: Graph, nodes: Sequence[Node], outer: _Body, name
     for node in nodes:
         targets = ", ".join(inner.name(value) for value in _returned(node, graph))
         inner.add(f"{targets} = {_kernel_call(inner, node, names, ctx)}")
+        inner.delete([value for value in ends.get(node.name, ()) if value in made])
     mine = {node.name for node in nodes}
     later = {v for node in graph.nodes if node.name not in mine for v in node.inputs} | set(graph.results)
     results = [value for node in nodes for value in _returned(node, graph) if value in later]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltaloom.graph.ir import Graph, Node
+from deltaloom.graph.naming import free_name
 from deltaloom.graph.op import Op
 from deltaloom.passes.kernel import find_kernel
 from deltaloom.passes.pipeline import Context
@@ -34,7 +35,8 @@ class Names:
     def op(self, op: Op) -> str:
         """An op with its attributes."""
         if op not in self.ops:
-            self.ops[op] = identifier(f"{op.name}_{sum(other.name == op.name for other in self.ops)}")
+            numbered = identifier(f"{op.name}_{sum(other.name == op.name for other in self.ops)}")
+            self.ops[op] = free_name(numbered, self.values)
             self.values[self.ops[op]] = op
         return self.ops[op]
 
@@ -45,7 +47,8 @@ class Names:
         if key not in self.kernels:
             backend, op, kernel = key
             title = kernel.removeprefix(backend + ".")
-            name = identifier(f"{backend}_{title}" if title.startswith(op) else f"{backend}_{op}_{title}")
+            told = f"{backend}_{title}" if title.startswith(op) else f"{backend}_{op}_{title}"
+            name = free_name(identifier(told), self.values)
             self.kernels[key] = name
             self.values[name] = find_kernel(ctx.backend(backend), op, kernel)
         return self.kernels[key]
@@ -71,13 +74,19 @@ class Names:
         lines += ["import deltaloom.ops", "from deltaloom.backends import backend", "from deltaloom.graph.registry import ops"]
         lines += ["from deltaloom.passes.kernel import find_kernel", ""]
         used = sorted({key[0] for key in self.kernels} | {b.name for b in ctx.backends if b.name in self.values})
-        lines += [f"{name} = backend({name!r}, device={ctx.backend(name).device!r})" for name in used]
+        lines += [f"{name} = backend({name!r}, device={ctx.backend(name).device!r}{_whose(name, ctx)})" for name in used]
         for (owner, title, kernel), name in self.kernels.items():
             lines.append(f"{name} = find_kernel({owner}, {title!r}, {kernel!r})")
         for op, name in self.ops.items():
             values = ", ".join(f"{key}={value!r}" for key, value in op.attributes().items())
             lines.append(f"{name} = ops.get({op.name!r})({values})")
         return [*lines, ""]
+
+
+def _whose(name: str, ctx: Context) -> str:
+    """The argument that says whose backend of that name it is, where the configuration does."""
+    key = f"backends.{name}"
+    return f", use={{{key!r}: {ctx.config.use[key]!r}}}" if key in ctx.config.use else ""
 
 
 def identifier(name: str) -> str:

@@ -14,17 +14,21 @@ fixed state shares memory with the old value at most, never with another input, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from deltaloom.graph import plugins
 from deltaloom.graph.dims import Dim
-from deltaloom.graph.errors import CompileError
-from deltaloom.graph.ir import Node
+from deltaloom.graph.errors import CompileError, PluginError, require
+from deltaloom.graph.ir import Node, Value
+from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.registry import ops
 from deltaloom.graph.types import DType, QuantType, TensorType
+from deltaloom.ops.quantized import READERS
 
 Tensor = Any
 """A backend's own tensor; only its backend looks inside."""
@@ -49,7 +53,8 @@ class Appended(NamedTuple):
 @dataclass(frozen=True)
 class Kernel:
     """A function that runs one op on one backend. ``wants``: input name -> axis order of that weight (a parameter); ``into`` and
-    ``scratch``: see "Memory" above; ``quantised``: whether inputs may be of quantised types."""
+    ``scratch``: see "Memory" above; ``quantised``: whether weights may be stored otherwise than in the dtype of x: of quantised
+    types, or in bfloat16; ``portable``: whether it is a rule of the op's own, for want of a better kernel."""
 
     op: str
     backend: str
@@ -60,10 +65,11 @@ class Kernel:
     into: bool = False
     scratch: Scratch | None = None
     quantised: bool = False
+    portable: bool = False
 
     @property
     def name(self) -> str:
-        """``backend.function``, unique among the kernels of an op."""
+        """``backend.function``, or ``backend.plugin.function``; unique among the kernels of an op."""
         return f"{self.backend}.{self.title or self.run.__name__}"
 
     def refusal(self, node: Node) -> str | None:
@@ -71,6 +77,8 @@ class Kernel:
         strange = [value for value in node.inputs if isinstance(value.type.dtype, QuantType)]
         if strange and not self.quantised:
             return f"{strange[0]} is {strange[0].type.dtype}, and this kernel takes plain weights"
+        if not self.quantised and (other := stored_otherwise(node)):
+            return f"{other[0]} is {other[0].type.dtype}, and this kernel takes weights of {node.inputs[0].type.dtype} as x"
         for guard in self.when:
             if (reason := guard(node)) is not None:
                 return reason
@@ -119,7 +127,8 @@ class Backend(Protocol):
     """Whether ``finish`` does something, so that emitted code is given to it in functions of its own."""
 
     def kernels(self) -> Sequence[Kernel]:
-        """Every kernel, the preferred of an op first, portable lowerings last."""
+        """Every kernel of its own, the preferred of an op first, portable lowerings last; none of plugins. Who asks for the kernels
+        of an op asks ``kernels_for``."""
 
     def compute_dtype(self, wanted: str) -> DType:
         """The dtype for ``wanted`` ('float32', ...), or ``CompileError`` with a sentence if this backend cannot compute in it."""
@@ -151,10 +160,91 @@ class PlansMemory(Protocol):
         """The tensor at ``offset`` bytes of an arena, as a view."""
 
 
+@runtime_checkable
+class RunsRules(Protocol):
+    """A backend that can run an op by a rule of the op's own, as those of plugins are run for which it has no kernel."""
+
+    def portable(self, op: type[Op]) -> Kernel | None:
+        """A kernel made of a rule of the op; None where the op has none that fits."""
+
+
+@runtime_checkable
+class RunsAlone(Protocol):
+    """A backend that finishes functions, and kernels that are run by themselves in a way of their own."""
+
+    def alone(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A kernel made ready to run outside an emitted function."""
+
+
+@runtime_checkable
+class CountsCompilations(Protocol):
+    """A backend whose ``finish`` gives a function to a compiler, as one graph, for each class of sizes that it meets."""
+
+    budget: int
+    """How often one function may be compiled."""
+
+    def compilations(self) -> dict[str, int]:
+        """How often it compiled, by name of the emitted function."""
+
+    def graph_breaks(self) -> int:
+        """How often the compiler of this process left a function's graph to run it in Python."""
+
+
+def kernels_for(backend: Backend, op: str, *, first: str | None = None) -> list[Kernel]:
+    """The kernels that ``backend`` and plugins have for ``op``, the preferred first: the backend's, those of plugins, then portable
+    ones. Those of the plugin ``first`` come before all. ``CompileError`` for a kernel of another backend, ``PluginError`` for
+    kernels of the op's own plugin that cannot be imported."""
+    own = [kernel for kernel in backend.kernels() if kernel.op == op]
+    for kernel in own:
+        strange = f"the kernel {kernel.name} for op {op} is among those of the backend '{backend.name}'; register it for that one"
+        require(kernel.backend == backend.name, strange, CompileError)
+    if "." in op and isinstance(backend, RunsRules) and not any(kernel.portable for kernel in own):
+        rule = backend.portable(ops.get(op))
+        own += [] if rule is None else [rule]
+    added = [kernel for kernel in added_kernels(backend.name, needed=(op.partition(".")[0], first)) if kernel.op == op]
+    preferred = [kernel for kernel in added if first is not None and kernel.title.startswith(f"{first}.")]
+    return [
+        *preferred,
+        *(kernel for kernel in own if not kernel.portable),
+        *(kernel for kernel in added if kernel not in preferred),
+        *(kernel for kernel in own if kernel.portable),
+    ]
+
+
+def added_kernels(backend: str, *, needed: Collection[str | None] = ()) -> Iterator[Kernel]:
+    """What plugins add to a backend, under their names. A broken table of kernels is an error where its plugin is ``needed``, and
+    warned of otherwise."""
+    for offer in plugins.offers("kernels"):
+        if offer.name != backend:
+            continue
+        try:
+            table = table_of(offer)
+        except PluginError as error:
+            if offer.plugin.name in needed:
+                raise
+            plugins.complain(offer.record, error)
+            continue
+        for kernel in table.kernels:
+            yield replace(kernel, title=f"{offer.plugin.name}.{kernel.title or kernel.run.__name__}")
+
+
+def table_of(offer: plugins.Offer) -> KernelTable:
+    """The kernels that a plugin adds to a backend. ``PluginError`` where they cannot be had."""
+
+    def fault(found: object) -> str:
+        if not isinstance(found, KernelTable):
+            return f"it is {type(found).__name__}, expected a deltaloom.passes.kernel.KernelTable"
+        return "" if found.backend == offer.name else f"it is a table of kernels for the backend '{found.backend}'"
+
+    table = offer.load(fault)
+    assert isinstance(table, KernelTable)
+    return table
+
+
 def find_kernel(backend: Backend, op: str, name: str) -> Callable[..., Any]:
-    """The function of the kernel ``name`` (``backend.function``) for ``op``; emitted source uses it."""
-    for kernel in backend.kernels():
-        if kernel.op == op and kernel.name == name:
+    """The function of the kernel ``name`` for ``op``; emitted source uses it."""
+    for kernel in kernels_for(backend, op):
+        if kernel.name == name:
             return kernel.run
     raise CompileError(f"backend {backend.name} has no kernel '{name}' for op {op}")
 
@@ -206,12 +296,13 @@ def is_param(name: str) -> Guard:
     return guard
 
 
-def is_quantised(*names: str) -> Guard:
-    """At least one of these inputs must be of a quantised type."""
+def stored_otherwise(node: Node) -> list[Value]:
+    """The weights of a node that are not in the dtype of x, its first input: quantised, or in bfloat16."""
+    names = node.op.input_names()
+    weights = [node.inputs[names.index(name)] for name in READERS.get(node.op.name, ())]
+    return [value for value in weights if value.type.dtype != node.inputs[0].type.dtype]
 
-    def guard(node: Node) -> str | None:
-        found = [input_type(node, name).dtype for name in names]
-        some = any(isinstance(dtype, QuantType) for dtype in found)
-        return None if some else f"{' and '.join(names)}: {found[0]} is not quantised"
 
-    return guard
+def some_stored_otherwise(node: Node) -> str | None:
+    """At least one weight must be quantised, or in bfloat16 where x is not."""
+    return None if stored_otherwise(node) else f"its weights are {node.inputs[0].type.dtype} as x, not quantised"

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from deltaloom.graph.ir import Call, Graph, Node, Value
 from deltaloom.graph.types import TensorType
-from deltaloom.passes.kernel import Backend, Kernel, PlansMemory
+from deltaloom.passes.kernel import Backend, Kernel, PlansMemory, kernels_for
 
 ALIGNMENT = 64
 """Bytes of a cache line; every buffer starts at a multiple."""
@@ -113,14 +113,16 @@ class MemoryPlan:
 
 def buffered_kernels(home: Backend) -> Kernels:
     """The kernels of nodes on ``home``, if it can give its kernels buffers; None for every node otherwise."""
-    found: dict[tuple[str, str], Kernel] = {}
-    if isinstance(home, PlansMemory) and not home.compiles:
-        for kernel in home.kernels():
-            found.setdefault((kernel.op, kernel.name), kernel)
+    plans = isinstance(home, PlansMemory) and not home.compiles
+    found: dict[str, dict[str, Kernel]] = {}
 
     def kernel_of(node: Node) -> Kernel | None:
-        place = node.placement
-        return None if place is None or place.backend != home.name else found.get((node.op.name, place.kernel))
+        place, op = node.placement, node.op.name
+        if not plans or place is None or place.backend != home.name:
+            return None
+        if op not in found:
+            found[op] = {kernel.name: kernel for kernel in reversed(kernels_for(home, op))}
+        return found[op].get(place.kernel)
 
     return kernel_of
 

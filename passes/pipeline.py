@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,9 +20,10 @@ from deltaloom.passes.table import check_order
 
 @dataclass(frozen=True)
 class Event:
-    """What a rule did at a node, or why it did nothing there. A *near miss* is a node of the op that the rule begins with."""
+    """What a rule did at a node, or why it did nothing there. A *near miss* is a node of the op that the rule begins with. A node
+    *taken apart* is one that no kernel runs whole; its ``rule`` is its op, and the reason what kernels said."""
 
-    kind: Literal["hit", "refused", "near miss", "out of fuel"]
+    kind: Literal["hit", "refused", "near miss", "out of fuel", "taken apart"]
     rule: str
     graph: str
     node: str
@@ -116,11 +117,21 @@ class Compiled:
     ledger: tuple[LedgerRow, ...]
 
 
+Watch = Callable[[str, Graph], None]
+"""Called after a pass with its name and the graph that it gave."""
+
+
 def run_pipeline(
-    graph: Graph, passes: Sequence[Pass], ctx: Context, *, properties: frozenset[str] = frozenset(), title: str = "shared"
+    graph: Graph,
+    passes: Sequence[Pass],
+    ctx: Context,
+    *,
+    properties: frozenset[str] = frozenset(),
+    title: str = "shared",
+    watch: Watch | None = None,
 ) -> Compiled:
-    """Run ``passes`` in order; ``title`` names the program in dumps. Raises ``CompileError`` for an order whose ``requires`` are
-    not met, before running any pass."""
+    """Run ``passes`` in order; ``title`` names the program in dumps, ``watch`` sees the graph after each pass. Raises
+    ``CompileError`` for an order whose ``requires`` are not met, before running any pass."""
     check_order(passes, properties)
     ledger = []
     verify(graph)
@@ -139,6 +150,8 @@ def run_pipeline(
         seconds = time.perf_counter() - start
         ledger.append(LedgerRow(step.name, node_counts(before), node_counts(graph), seconds, tuple(events)))
         properties = properties.union(step.establishes)
+        if watch is not None:
+            watch(step.name, graph)
         if ctx.config.dump and graph != before:
             _dump(graph, f"{title}-{len(ledger):02d}-{step.name}", Path(ctx.config.dump))
     return Compiled(graph, properties, tuple(ledger))
@@ -199,7 +212,7 @@ from deltaloom.passes.pipeline import Context, run_pipeline
 {imports}
 
 config = {config!r}
-backends = tuple(backend(name, device=config.device, threads=config.threads) for name in config.backends)
+backends = tuple(backend(name, device=config.device, threads=config.threads, use=config.use) for name in config.backends)
 step = {step!r}
 graph = from_json((pathlib.Path(__file__).parent / "graph.json").read_text())
 print(run_pipeline(graph, [step], Context(config, backends), properties=frozenset(step.requires)).graph)

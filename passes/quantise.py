@@ -1,4 +1,4 @@
-"""Quantise: weights of matrix products get quantised types, which the products then read as they are.
+"""Quantise: weights of matrix products are stored in quantised types or in bfloat16, which the products then read as they are.
 
 A weight is decided by the checkpoint parameters that it is made of. What is stored quantised can stay so: the ops between the
 parameter and the product (splits, stacks, joins) are done on the codes where they keep to the borders of blocks. A packed weight
@@ -17,16 +17,10 @@ from deltaloom.graph.naming import free_name
 from deltaloom.graph.op import Op
 from deltaloom.graph.registry import ops
 from deltaloom.graph.rewriter import Rewriter
-from deltaloom.graph.types import QuantType, TensorType
+from deltaloom.graph.types import DType, QuantType, TensorType
+from deltaloom.ops.quantized import READERS
 from deltaloom.passes.pipeline import Context, Event, Pass
-from deltaloom.passes.quantise_policy import Policy, most_exact, scheme_of, scheme_type
-
-READERS: dict[str, tuple[str, ...]] = {
-    "linear": ("weight",),
-    "moe_experts": ("gate_up", "down"),
-    "shared_moe": ("gate_up", "down", "shared_gate_up", "shared_down"),
-}
-"""Op -> its inputs that may be of quantised types."""
+from deltaloom.passes.quantise_policy import Form, Policy, most_exact, scheme_of, scheme_type
 
 ON_CODES = frozenset({"split", "concat", "stack", "reshape"})
 """Ops that can be done on codes and scales."""
@@ -34,7 +28,7 @@ ON_CODES = frozenset({"split", "concat", "stack", "reshape"})
 
 @dataclass(frozen=True)
 class Quantise(Pass):
-    """Give the weights that ``policy`` names quantised types; with ``keep``, those stored quantised stay as they are.
+    """Give the weights that ``policy`` names the forms it says; with ``keep``, those stored quantised stay as they are.
 
     A policy is made by ``quantise_policy``. What was done with each weight, and why not more, is noted as events."""
 
@@ -65,17 +59,17 @@ class Quantise(Pass):
         own_forms = {value: self._form("", value) for value in graph.params}
         return self._rewritten(replace(graph, nodes=tuple(nodes), regions=regions), own_forms, ctx)
 
-    def _groups(self, region: Graph, prefixes: Sequence[str]) -> dict[tuple[QuantType | None, ...], list[str]]:
+    def _groups(self, region: Graph, prefixes: Sequence[str]) -> dict[tuple[Form | None, ...], list[str]]:
         """The forms of the parameters of a region -> the prefixes under which they are these."""
-        found: dict[tuple[QuantType | None, ...], list[str]] = {}
+        found: dict[tuple[Form | None, ...], list[str]] = {}
         for prefix in prefixes or ("",):
             found.setdefault(tuple(self._form(prefix, value) for value in region.params), []).append(prefix)
         return found
 
-    def _form(self, prefix: str, param: Value) -> QuantType | None:
+    def _form(self, prefix: str, param: Value) -> Form | None:
         return scheme_type(scheme_of(self.policy, prefix, param.name))
 
-    def _rewritten(self, graph: Graph, forms: dict[Value, QuantType | None], ctx: Context) -> Graph:
+    def _rewritten(self, graph: Graph, forms: dict[Value, Form | None], ctx: Context) -> Graph:
         work = _Work(graph, forms, self.keep, ctx)
         for node in graph.nodes:
             if node.op.name in READERS:
@@ -93,7 +87,7 @@ def _called(node: Node, renamed: dict[str, str]) -> Node:
 class _Run:
     """Consecutive rows of a weight that get one form: parts as they are, or (``kept``) their stored codes."""
 
-    form: QuantType | None
+    form: Form | None
     kept: bool
     parts: tuple[Value, ...]
 
@@ -101,7 +95,7 @@ class _Run:
 class _Work:
     """The rewrite of one graph or region."""
 
-    def __init__(self, graph: Graph, forms: dict[Value, QuantType | None], keep: bool, ctx: Context) -> None:
+    def __init__(self, graph: Graph, forms: dict[Value, Form | None], keep: bool, ctx: Context) -> None:
         self.rewriter = Rewriter(graph)
         self.changed = False
         self._graph = graph
@@ -156,12 +150,13 @@ class _Work:
             return [weight]
         return [part for value in node.inputs for part in self._parts(value)]
 
-    def _wanted(self, weight: Value) -> tuple[QuantType | None, bool]:
+    def _wanted(self, weight: Value) -> tuple[Form | None, bool]:
         """The form of a weight, and whether it is the one that it is stored in."""
         if self._keep and isinstance(stored := self._codes_type(weight), TensorType):
             assert isinstance(stored.dtype, QuantType)
             return stored.dtype, True
-        return most_exact(self._forms[value] for value in self._sources[weight]), False
+        form = most_exact(self._forms[value] for value in self._sources[weight])
+        return None if form == weight.type.dtype else form, False
 
     def _codes_type(self, value: Value) -> TensorType | str:
         """The type of ``value`` as codes, from the stored ones; a sentence where that is not possible."""
@@ -204,7 +199,11 @@ class _Work:
         if run.form is None:
             return plain
         if plain not in self._quantised:
-            self._quantised[plain] = self._insert(_op("quantize", form=str(run.form)), [plain], weight, near, "quantised")
+            if isinstance(run.form, DType):
+                op, suffix = _op("cast", dtype=run.form.long_name), run.form.name
+            else:
+                op, suffix = _op("quantize", form=str(run.form)), "quantised"
+            self._quantised[plain] = self._insert(op, [plain], weight, near, suffix)
         return self._quantised[plain]
 
     def _codes(self, value: Value, near: Node) -> Value:

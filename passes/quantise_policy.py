@@ -1,4 +1,4 @@
-"""Which weight gets which quantised type: schemes by name, a policy of patterns over the names of checkpoint parameters."""
+"""Which weight is stored in which form: schemes by name, a policy of patterns over the names of checkpoint parameters."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from functools import cache
 
 from deltaloom.graph.errors import ConfigError, require
 from deltaloom.graph.ir import Graph
-from deltaloom.graph.types import QuantType, bf16, f8_e4m3, f32, i4, i8
+from deltaloom.graph.types import DType, QuantType, bf16, f8_e4m3, f32, i4, i8
 
 Policy = tuple[tuple[str, str], ...]
 """(pattern, scheme); the first pattern that matches a parameter decides."""
 
+Form = QuantType | DType
+"""What a weight is stored in: codes and scales, or numbers of fewer bits than x has."""
+
 PLAIN = "plain"
 """The scheme of weights that stay as they are."""
 
-SCHEMES: dict[str, QuantType] = {
+SCHEMES: dict[str, Form] = {
+    "bf16": bf16,
     "int8": QuantType(i8, (1, None), f32),
     "int4": QuantType(i4, (1, 32), bf16),
     "fp8": QuantType(f8_e4m3, (128, 128), f32),
 }
-"""Name -> quantised type; ``int8_g64`` and ``int4_g64`` have groups of so many inputs instead."""
+"""Name -> form; ``int8_g64`` and ``int4_g64`` have groups of so many inputs instead."""
 
 PROTECTED = (
     "norm",
@@ -36,13 +40,14 @@ PROTECTED = (
     "embed_tokens",
     "lm_head",
 )
-"""Parts of names that stay plain unless a pattern contains that part: small or sensitive weights, and the vocabulary's."""
+"""Parts of names that stay plain unless a pattern contains that part: small or sensitive weights, and the vocabulary's. bfloat16,
+in which most checkpoints are published, is precise enough for all of them."""
 
 _GROUPED = re.compile(r"(int8|int4)_g([1-9]\d*)")
 
 
-def scheme_type(scheme: str) -> QuantType | None:
-    """The quantised type of a scheme, None for ``plain``; ``ConfigError`` for an unknown one."""
+def scheme_type(scheme: str) -> Form | None:
+    """The form of a scheme, None for ``plain``; ``ConfigError`` for an unknown one."""
     if scheme == PLAIN or scheme in SCHEMES:
         return SCHEMES.get(scheme)
     found = _GROUPED.fullmatch(scheme)
@@ -79,7 +84,8 @@ def scheme_of(policy: Policy, prefix: str, name: str) -> str:
     full = prefix + name
     guarded = [part for part in PROTECTED if part in full]
     for pattern, scheme in policy:
-        if matches(pattern, full, name) and all(part.rstrip(".") in pattern for part in guarded):
+        named = isinstance(scheme_type(scheme), DType) or all(part.rstrip(".") in pattern for part in guarded)
+        if named and matches(pattern, full, name):
             return scheme
     return PLAIN
 
@@ -109,12 +115,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(translate(pattern))
 
 
-def most_exact(forms: Iterable[QuantType | None]) -> QuantType | None:
-    """The form that loses least: none at all, then integers of 8 bits, FP8, 4 bits, each in the smallest blocks."""
+def most_exact(forms: Iterable[Form | None]) -> Form | None:
+    """The form that loses least: none at all, bfloat16, then integers of 8 bits, FP8, 4 bits, each in the smallest blocks."""
     found = list(forms)
     return None if None in found else min((form for form in found if form is not None), key=_loss)
 
 
-def _loss(form: QuantType) -> tuple[int, float]:
+def _loss(form: Form) -> tuple[int, float]:
+    if isinstance(form, DType):
+        return -1, 0
     rows, columns = form.block
     return (i8, f8_e4m3, i4).index(form.storage), rows * (columns or 1 << 20)

@@ -6,12 +6,13 @@ A pipeline is data: a sequence of steps, each the name of a pass or a table of i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from deltaloom.graph.errors import CompileError, ConfigError, require
+from deltaloom.graph import plugins
+from deltaloom.graph.errors import CompileError, ConfigError, PluginError, require
 from deltaloom.graph.versions import fits
 
 if TYPE_CHECKING:
@@ -73,11 +74,27 @@ def step_name(step: Step) -> str:
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The pass called ``name``. ``ConfigError`` if there is none."""
+    """The pass called ``name``; dotted names are those of plugins. ``ConfigError`` if there is none, ``PluginError`` for one whose
+    plugin cannot give it."""
+    if "." in name:
+        return _of_plugin(plugins.offer(name.partition(".")[0], "passes", name))
     require(name in TABLE, f"there is no pass '{name}'{near(name, TABLE)}", ConfigError)
     module, _, attribute = TABLE[name].partition(":")
     found: type[Pass] = getattr(import_module(module), attribute)
     return found
+
+
+def _of_plugin(offer: plugins.Offer) -> type[Pass]:
+    from deltaloom.passes.pipeline import Pass  # which imports this file for the order of passes
+
+    def fault(found: object) -> str:
+        if not isinstance(found, type) or not issubclass(found, Pass) or not is_dataclass(found):
+            return f"it is {found!r}, expected a frozen dataclass that is a subclass of deltaloom.passes.pipeline.Pass"
+        return "" if found.name == offer.name else f"the class calls itself '{found.name}'; its name has to be '{offer.name}'"
+
+    made = offer.load(fault)
+    assert isinstance(made, type) and issubclass(made, Pass)
+    return made
 
 
 def make_pass(step: Step) -> Pass:
@@ -113,7 +130,7 @@ def check_order(passes: Sequence[Pass], properties: Collection[str] = ()) -> fro
         missing = [name for name in step.requires if name not in made]
         if missing:
             ran = ", ".join(p.name for p in passes[:position]) or "none"
-            makers = [p.name for p in passes if missing[0] in p.establishes] or _makers(missing[0])
+            makers = [p.name for p in passes if missing[0] in p.establishes] or makers_of(missing[0])
             hint = f"; run {makers[0]} before it" if makers else ""
             found = f"pass '{step.name}' requires '{missing[0]}', which no earlier pass establishes (ran: {ran})"
             raise CompileError(found + hint)
@@ -140,7 +157,7 @@ def check_pipelines(shared: Sequence[Step], program: Sequence[Step]) -> None:
         require(not serving, f"{wants}; those have a pipeline of their own, so leave it out here", ConfigError)
     known = check_order(parts, check_order(passes))
     for name in PROGRAM_NEEDS:
-        makers = [maker for maker in _makers(name) if maker not in SERVING or maker in PROGRAM]
+        makers = [maker for maker in makers_of(name) if maker not in SERVING or maker in PROGRAM]
         message = f"the program part of the pipeline ends in a graph that is not '{name}'; put {' or '.join(makers)} into it"
         require(name in known, message, ConfigError)
 
@@ -150,9 +167,15 @@ PROGRAM_FACTS = ("outputs", "padded", "seq", "layouts", *SERVING_FACTS)
 """Options that differ from program to program (see ``Pass.given``)."""
 
 
-def _makers(goal: str) -> list[str]:
-    """The names of the built-in passes that establish ``goal``."""
-    return [name for name in TABLE if goal in pass_class(name).establishes]
+def makers_of(goal: str) -> list[str]:
+    """The names of the passes that establish ``goal``: built-in ones, then those of plugins that are loaded."""
+    makers = [name for name in TABLE if goal in pass_class(name).establishes]
+    for offer in plugins.offers_of_loaded("passes"):
+        try:
+            makers += [offer.name] if goal in _of_plugin(offer).establishes else []
+        except PluginError as error:
+            plugins.complain(offer.record, error)
+    return makers
 
 
 def _tuples(value: Any) -> Any:

@@ -39,6 +39,12 @@ class Arenas:
         self._idle: list[Arena] = []
         self._lock = Lock()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arenas that nobody uses now."""
+        with self._lock:
+            return sum(arena.plan.nbytes for arena in self._idle)
+
     def take(self, program: Program, key: Hashable, sizes: Mapping[str, int]) -> Arena:
         """An arena for ``program`` at ``sizes``, which ``key`` together with the sizes stands for; its content is arbitrary."""
         full = (key, *sizes.items())

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, get_args
 
 import deltaloom.ops  # noqa: F401 - puts the built-in ops into the registry
 from deltaloom.backends import backend as make_backend
+from deltaloom.graph.diff import diff
 from deltaloom.graph.errors import CheckpointError, CompileError, ConfigError, require
-from deltaloom.graph.ir import Graph, Refusal
+from deltaloom.graph.ir import Graph
 from deltaloom.graph.op import Array
 from deltaloom.graph.registry import ops
 from deltaloom.models.config import ModelConfig
-from deltaloom.models.plans import PLANS
+from deltaloom.models.families import family_named, names
 from deltaloom.passes.cache import cache_of
 from deltaloom.passes.config import CompileConfig
-from deltaloom.passes.driver import Driver, Variant, plain_variants
+from deltaloom.passes.driver import AnyVariant, Driver, Variant, plain_variants
 from deltaloom.passes.emit import Program
 from deltaloom.passes.kernel import Backend
 from deltaloom.passes.pipeline import Context, LedgerRow
 from deltaloom.passes.serving_layout import BLOCK_SIZE, ServingKind, ServingVariant
 from deltaloom.passes.shard.plan import Plan
 from deltaloom.runtime.executor import Executor
+from deltaloom.runtime.explanation import Explanation, KernelRow, explanation, kernel_rows
+from deltaloom.runtime.node_facts import NodeFacts, node_facts
+from deltaloom.runtime.overview import CONTEXT, Overview, overview
+from deltaloom.runtime.stages import SHARED, Stages
 from deltaloom.runtime.weights import WeightStore
 
 Kind = Literal["prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode")
-GIVEN, SHARED = "given", "shared"
-"""Stages of a graph before it is that of a program."""
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """Nodes of one body of a program that run the same op on the same kernel, refused by the same others."""
-
-    body: str
-    op: str
-    nodes: tuple[str, ...]
-    kernel: str
-    refusals: tuple[Refusal, ...]
+ProgramName = Literal["prefill", "decode", "mixed", "serving_decode", "verify"]
+"""The programs of a model: two over ``[batch, seq]``, and three over packed sequences and pools."""
+PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
+VERIFY_DRAFTS = 3
+"""Drafts of the program ``verify`` where none are said."""
 
 
 class CompiledModel:
@@ -52,6 +49,20 @@ class CompiledModel:
         self._given = graph
         self._outputs = tuple(name for name, _ in graph.outputs) if outputs is None else outputs
         self.driver = driver
+        self.stages = Stages(graph, driver, {name: self._variant(name) for name in PROGRAMS})
+
+    def _variant(self, name: ProgramName) -> AnyVariant:
+        if name == "prefill" or name == "decode":
+            return Variant(name == "decode", False, self._outputs)
+        kind: ServingKind = "decode" if name == "serving_decode" else name
+        return ServingVariant(kind, self._outputs, VERIFY_DRAFTS if kind == "verify" else 0)
+
+    def named(self, name: str) -> Program:
+        """One of ``PROGRAMS`` with the usual outputs, ``verify`` with ``VERIFY_DRAFTS`` drafts. ``CompileError`` for any other."""
+        for known in PROGRAMS:
+            if name == known:
+                return self.driver.program(self._variant(known))
+        raise CompileError(f"there is no program '{name}'; there is {', '.join(PROGRAMS)}")
 
     def program(self, kind: Kind, *, outputs: Sequence[str] | None = None, padded: bool = False) -> Program:
         """A program that gives ``outputs`` (the usual ones if None); ``padded`` takes the ``valid`` input."""
@@ -71,20 +82,25 @@ class CompiledModel:
             self._given.output(name)
         return self.driver.program(ServingVariant(kind, wanted, drafts, block_size))
 
-    def source(self, kind: Kind) -> str:
-        """The program as Python that runs where it is pasted into a file."""
-        return self.program(kind).source
+    def source(self, program: str) -> str:
+        """One of ``PROGRAMS`` as Python that runs where it is pasted into a file."""
+        return self.named(program).source
 
     def graph(self, stage: str = SHARED) -> Graph:
-        """The graph as it was ``"given"``, after the ``"shared"`` passes, or placed for ``"prefill"`` or ``"decode"``."""
-        if stage == GIVEN:
-            return self._given
-        if stage == SHARED:
-            return self.driver.shared.graph
-        for kind in KINDS:
-            if stage == kind:
-                return self.program(kind).graph
-        raise CompileError(f"there is no stage '{stage}' of a graph; there is {GIVEN}, {SHARED}, prefill, decode")
+        """The graph at one of ``stages.names()``: as it was ``"given"``, after a pass, ``"shared"``, or placed for a program."""
+        return self.stages.graph(stage)
+
+    def diff(self, before: str, after: str) -> str:
+        """What changed in the graph between two stages, as text; "" for nothing."""
+        return diff(self.graph(before), self.graph(after))
+
+    def node(self, name: str, program: str = "decode") -> NodeFacts:
+        """Everything known of a node of a program (or of the graph at a stage): see ``deltaloom.runtime.node_facts``."""
+        return node_facts(self.stages, program, name)
+
+    def overview(self, *, batch: int = 1, context: int = CONTEXT) -> Overview:
+        """Parameters, states and the work of a decode step, part by part: see ``deltaloom.runtime.overview``."""
+        return overview(self._given, self.program("decode").graph, batch=batch, context=context)
 
     @property
     def ledger(self) -> Mapping[str, tuple[LedgerRow, ...]]:
@@ -93,9 +109,13 @@ class CompiledModel:
             self.program(kind)
         return dict(self.driver.ledgers)
 
-    def explain(self, kind: Kind) -> list[KernelRow]:
+    def explain(self, program: str) -> list[KernelRow]:
         """Which kernel runs each node of a program, and who refused it why."""
-        return kernel_rows(self.program(kind))
+        return kernel_rows(self.named(program))
+
+    def explanation(self, programs: Sequence[ProgramName] = KINDS) -> Explanation:
+        """Why these programs are as they are: kernels, rewrites, layouts, transfers, compiled functions."""
+        return explanation(self.driver, {name: self._variant(name) for name in programs})
 
     def bind(self, weights: Mapping[str, Array]) -> Executor:
         """The programs with weights, by their full names in the checkpoint: ``new_state`` and ``run``."""
@@ -132,10 +152,12 @@ def plan_for(graph: Graph, config: CompileConfig, plan: Plan | None = None) -> P
     """What a mesh divides in ``graph``: ``plan``, or the plan of its family. ``ConfigError`` where a mesh has neither."""
     if plan is not None or all(ranks == 1 for ranks in config.mesh.values()):
         return plan or ()
-    family = graph.name.removesuffix("_mtp")
-    known = f"known are {', '.join(PLANS)}; give compile() a plan"
-    require(family in PLANS, f"nothing says how a mesh divides the graph '{graph.name}'; {known}", ConfigError)
-    return PLANS[family]
+    name = graph.name.removesuffix("_mtp")
+    known = f"known are {', '.join(names())}; give compile() a plan"
+    require(name in names(), f"nothing says how a mesh divides the graph '{graph.name}'; {known}", ConfigError)
+    found = family_named(name, config.use).plan
+    require(bool(found), f"the family '{graph.name}' does not say what of it a mesh divides; give compile() a plan", ConfigError)
+    return found
 
 
 def context(config: CompileConfig, shape: ModelConfig) -> Context:
@@ -153,18 +175,4 @@ def backends_of(config: CompileConfig) -> tuple[Backend, ...]:
     """The backends of a configuration, in order; ``ConfigError`` for an override of an op that does not exist."""
     for op in config.kernels:
         require(op in ops, f"kernels.{op}: there is no op '{op}'; `deltaloom ops` lists them", ConfigError)
-    return tuple(make_backend(name, device=config.device, threads=config.threads) for name in config.backends)
-
-
-def kernel_rows(program: Program) -> list[KernelRow]:
-    """The kernels of every body of a program; the bodies by first use, the ops by name."""
-    rows: list[KernelRow] = []
-    bodies = {instance.graph.name: instance.graph for instance in program.graph.instances()}
-    for name, body in bodies.items():
-        kinds: dict[tuple[str, str, tuple[Refusal, ...]], list[str]] = {}
-        for node in body.nodes:
-            if (place := node.placement) is not None:
-                kinds.setdefault((node.op.name, place.kernel, place.refusals), []).append(node.name)
-        found = sorted(kinds.items(), key=lambda item: (item[0][0], item[0][1], str(item[0][2])))
-        rows += [KernelRow(name, op, tuple(nodes), kernel, refusals) for (op, kernel, refusals), nodes in found]
-    return rows
+    return tuple(make_backend(name, device=config.device, threads=config.threads, use=config.use) for name in config.backends)

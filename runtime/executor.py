@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from deltaloom.runtime.arena import Arenas
 from deltaloom.runtime.state import ModelState, StateLayout, state_layout
 from deltaloom.runtime.weights import WeightStore
 
+Runner = Callable[..., tuple[Tensor, ...]]
+"""Called with a program and what its ``run`` takes; gives what that gives."""
+
 
 class Executor:
     """Programs, weights and states of one model graph (the main model, or an MTP head)."""
@@ -26,12 +31,12 @@ class Executor:
         self.name = driver.name
         self.ctx = ctx = driver.ctx
         self.driver = driver
-        self._store = store
+        self.store = store
         self._planned = planned
         self._backends = {backend.name: backend for backend in ctx.backends}
         self._weights: dict[Variant, dict[str, tuple[Tensor, ...]]] = {}
         self._layout: StateLayout | None = None
-        self._arenas = Arenas(ctx.backends[0])
+        self.arenas = Arenas(ctx.backends[0])
 
     def load(self) -> None:
         """Evaluate every weight of the planned programs now instead of at the first call."""
@@ -48,12 +53,18 @@ class Executor:
         return self.driver.program(variant)
 
     def run(
-        self, inputs: Mapping[str, Array], state: ModelState, new_valid: Array | None, outputs: tuple[str, ...]
+        self,
+        inputs: Mapping[str, Array],
+        state: ModelState,
+        new_valid: Array | None,
+        outputs: tuple[str, ...],
+        *,
+        through: Runner | None = None,
     ) -> dict[str, Array]:
         """One program call on ``n`` new tokens of every row: advances ``state`` and gives the outputs as host arrays.
 
         ``inputs``: by name, each ``[batch, n, …]``, positions and padding excepted, which follow from ``new_valid`` bool
-        ``[batch, n]`` (None: all real) unless ``positions`` is given.
+        ``[batch, n]`` (None: all real) unless ``positions`` is given. ``through`` runs the program in another way than its code.
         """
         require(not state.broken, f"this state is unusable: {state.broken}; start from a new one or from a copy()", RequestError)
         self._require_own(state)
@@ -69,6 +80,8 @@ class Executor:
         arguments = [home.from_host(_as_typed(given[value.name], value)) for value in program.graph.inputs]
         append = state.append(count)
         state.broken = "a call on it failed, was interrupted half-way or is still under way"
+        if through is not None:
+            program = replace(program, run=partial(through, program))
         results = self._call(variant, program, (*arguments, weights, state.fixed, append), state)
         state.length += count
         state.valid = valid
@@ -81,9 +94,9 @@ class Executor:
         with np.errstate(over="ignore"):
             if program.memory is None:
                 return program.run(*arguments)
-            arena = self._arenas.take(program, variant, {"batch": state.batch, "past": state.capacity})
+            arena = self.arenas.take(program, variant, {"batch": state.batch, "past": state.capacity})
             results = program.run(*arguments, arena.buffers)
-        self._arenas.give(arena)
+        self.arenas.give(arena)
         return results
 
     def _require_own(self, state: ModelState) -> None:
@@ -104,7 +117,7 @@ class Executor:
         if variant not in self._weights:
             self._weights[variant] = {
                 instance.prefix: tuple(
-                    self._store.get(self.name, instance.prefix, instance.graph, slot)
+                    self.store.get(self.name, instance.prefix, instance.graph, slot)
                     for slot in program.signatures[program.function(instance.graph)].weights
                 )
                 for instance in program.graph.instances()

@@ -53,7 +53,7 @@ class LLM:
     ) -> None:
         require(max_batch >= 1, f"max_batch is {max_batch}, expected at least 1", ConfigError)
         folder = model_folder(model)
-        shape = read_config(folder, hf_overrides)
+        shape = read_config(folder, hf_overrides, use=config.use if config else None)
         self.tokenizer = Tokenizer.from_folder(folder, shape.vocab_size)
         self.defaults = generation_defaults(folder, shape, self.tokenizer, generation_config)
         self.max_batch = max_batch

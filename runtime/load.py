@@ -48,8 +48,8 @@ def load(
     ``CompileError``.
     """
     folder = model_folder(model)
-    shape = read_config(folder, hf_overrides)
     options = with_overrides(config or CompileConfig(), backend, dtype)
+    shape = read_config(folder, hf_overrides, use=options.use)
     limit = shape.max_position_embeddings if max_model_len is None else max_model_len
     require(limit >= 1, f"max_model_len is {max_model_len}, expected at least 1", ConfigError)
     refuse_ranks(options, shape)
@@ -83,10 +83,17 @@ def refuse_ranks(config: CompileConfig, shape: ModelConfig) -> None:
     require(not many, f"{found}; {hint}", ConfigError)
 
 
-def build_graph(model: ModelReference, *, dtype: str = "float32", hf_overrides: Mapping[str, object] | None = None) -> ModelGraphs:
-    """The layer graphs of a model from its config.json alone, without weights. ``model``: a folder, config file or bundled name."""
+def build_graph(
+    model: ModelReference,
+    *,
+    dtype: str = "float32",
+    hf_overrides: Mapping[str, object] | None = None,
+    use: Mapping[str, str] | None = None,
+) -> ModelGraphs:
+    """The layer graphs of a model from its config.json alone, without weights. ``model``: a folder, config file or bundled name;
+    ``use``: as in ``CompileConfig``."""
     path = model if str(model).endswith(".json") else model_folder(model)
-    return build_family(read_config(path, hf_overrides), dtype=dtype_named(dtype))
+    return build_family(read_config(path, hf_overrides, use=use), dtype=dtype_named(dtype))
 
 
 def with_overrides(config: CompileConfig, backend: str | Sequence[str] | None, dtype: str | None) -> CompileConfig:

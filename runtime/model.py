@@ -14,7 +14,7 @@ from deltaloom.graph.op import Array
 from deltaloom.models.config import ModelConfig
 from deltaloom.passes.pipeline import Context
 from deltaloom.runtime.executor import Executor, describe
-from deltaloom.runtime.state import ModelState, require_state
+from deltaloom.runtime.state import ModelState, prompt_room, require_state
 
 Logits = Literal["all", "last"] | None
 LARGEST_POSITION = 2**53
@@ -82,6 +82,8 @@ class Model:
         always = (*hidden, *(("final_norm",) if final else ()), *(("logits",) if logits == "all" else ()))
         parts: list[dict[str, Array]] = []
         step = self.ctx.config.prefill_chunk
+        if ids.shape[1] > step:  # room at once: buffers that grow chunk by chunk leave as much again behind
+            state.append(prompt_room(ids.shape[1], step))
         for start in range(0, ids.shape[1], step):
             last = start + step >= ids.shape[1]
             wanted = always + (("last_logits",) if logits == "last" and last else ())

@@ -11,7 +11,7 @@ import numpy as np
 from deltaloom.graph.errors import RequestError, require
 from deltaloom.graph.op import Array
 from deltaloom.graph.quantized import QuantizedArray
-from deltaloom.graph.types import QuantType, dtype_named
+from deltaloom.graph.types import QuantType, bf16, dtype_named
 from deltaloom.models.checkpoint import Checkpoint
 from deltaloom.ops.quantized import plain
 from deltaloom.runtime.model import Model
@@ -20,9 +20,10 @@ from deltaloom.runtime.weights import materialise
 
 @dataclass(frozen=True)
 class WeightError:
-    """One quantised weight against what it was made of. ``rms``: root of the mean squared error relative to that of the weight;
-    ``largest``: the largest error relative to the largest element; both 0 for codes that are kept as they are stored (``kept``).
-    ``plain_size`` is its bytes in the dtype that the model computes in, ``size`` those of codes and scales."""
+    """One weight that is stored quantised, or in bfloat16 where the model computes in more, against what it was made of. ``rms``:
+    root of the mean squared error relative to that of the weight; ``largest``: the largest error relative to the largest element;
+    both 0 for codes that are kept as they are stored (``kept``). ``plain_size`` is its bytes in the dtype that the model computes
+    in, ``size`` those that are stored."""
 
     name: str
     form: str
@@ -46,17 +47,18 @@ class LogitError:
 
 
 def weight_errors(model: Model) -> Iterator[WeightError]:
-    """The error of every quantised weight of the main model, one after the other: two forms of one weight are in memory."""
+    """The error of every quantised or narrowed weight of the main model, one after the other: two forms of one are in memory."""
     source = Checkpoint.open(model.folder)
     for instance in model.main.driver.shared.graph.instances():
         graph = instance.graph.weights
         assert graph is not None
         for name, value in graph.outputs:
             form = value.type.dtype
-            if not isinstance(form, QuantType):
-                continue
             made = graph.producers.get(value.name) if value.kind == "node" else None
-            quantised = made is not None and made.op.name == "quantize"
+            narrowed = made is not None and made.op.name == "cast" and form == bf16 != made.inputs[0].type.dtype
+            if not isinstance(form, QuantType) and not narrowed:
+                continue
+            quantised = narrowed or made is not None and made.op.name == "quantize"
             rms = largest = 0.0
             if made is not None and quantised:
                 before = materialise(graph, made.inputs[0], instance.prefix, source, ())

@@ -18,6 +18,17 @@ FIRST_CAPACITY = 64
 """Entries that an append buffer has room for at first; it doubles when full."""
 
 
+def room(capacity: int, needed: int) -> int:
+    """Entries that a buffer with room for ``capacity`` has room for once it must hold ``needed``."""
+    return capacity if capacity >= needed else max(FIRST_CAPACITY, needed, 2 * capacity)
+
+
+def prompt_room(tokens: int, chunk: int) -> int:
+    """Entries that buffers are given room for before a prompt that is run in steps of ``chunk`` tokens: of a longer one for all of
+    it and some tokens to come, otherwise for the step."""
+    return tokens + FIRST_CAPACITY if tokens > chunk else tokens
+
+
 StateLayout = dict[str, tuple[tuple[StateSlot, ...], tuple[StateSlot, ...]]]
 """Fixed and append slots by prefix: what a state must have for a model to use it."""
 
@@ -63,9 +74,7 @@ class ModelState:
         self.fixed: dict[str, tuple[Tensor, ...]] = {}
         self.buffers: dict[str, list[Buffer]] = {}
         for prefix, signature in signatures.items():
-            self.fixed[prefix] = tuple(
-                backends[s.backend].zeros(self._shape(s.type, 0), _dtype(s)) for s in signature.fixed
-            )
+            self.fixed[prefix] = tuple(backends[s.backend].zeros(self._shape(s.type, 0), _dtype(s)) for s in signature.fixed)
             self.buffers[prefix] = [self._buffer(slot, 0) for slot in signature.append]
         self._slots = {prefix: signature.fixed for prefix, signature in signatures.items()}
         self.layout: StateLayout = state_layout(signatures)
@@ -79,8 +88,7 @@ class ModelState:
                 if buffer.capacity < needed:
                     buffers[index] = self._grown(buffer, needed)
         return {
-            prefix: tuple(Appended(b.data, lengths[b.slot.backend]) for b in buffers)
-            for prefix, buffers in self.buffers.items()
+            prefix: tuple(Appended(b.data, lengths[b.slot.backend]) for b in buffers) for prefix, buffers in self.buffers.items()
         }
 
     def arrays(self) -> dict[str, Array]:
@@ -142,7 +150,7 @@ class ModelState:
         return Buffer(slot, self._backends[slot.backend].zeros(self._shape(slot.type, capacity), _dtype(slot)), capacity)
 
     def _grown(self, buffer: Buffer, needed: int) -> Buffer:
-        new = self._buffer(buffer.slot, max(FIRST_CAPACITY, needed, 2 * buffer.capacity))
+        new = self._buffer(buffer.slot, room(buffer.capacity, needed))
         if self.length:
             _cut(new.data, buffer.slot, 0, self.length)[...] = _cut(buffer.data, buffer.slot, 0, self.length)
         return new

@@ -12,7 +12,6 @@ from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.serialize import from_json, to_json
 from deltaloom.graph.text import print_graph
 from deltaloom.graph.types import DType, TensorType, bf16, bool_, f16, f32, f64, i32, i64
-from deltaloom.ops.fused import Fused
 from deltaloom.passes.kernel import Backend, Kernel
 from deltaloom.testing import kernels
 from deltaloom.testing.evaluate import (
@@ -27,6 +26,7 @@ from deltaloom.testing.evaluate import (
 )
 from deltaloom.testing.laws import check_law
 from deltaloom.testing.measure import assert_close
+from deltaloom.testing.onnx_rule import onnx_rule
 from deltaloom.testing.sharding import RANKS, check_sharding
 
 
@@ -54,6 +54,17 @@ def check_torch(op: type[Op], draw: Draw) -> None:
     """The torch rule computes what the reference does, in the same dtypes."""
     instance, arrays = _drawn(op, draw)
     _compare(f"torch rule of {instance}", instance, arrays, torch_rule(instance, arrays))
+
+
+def check_onnx(op: type[Op], draw: Draw) -> bool:
+    """The ONNX rule computes in float32 what the reference does; False for a case with other float dtypes or quantised values."""
+    case = draw_case(op, draw)
+    arrays = concrete(case, f32)
+    types = tuple(map(type_of, arrays))
+    if any(type_.dtype not in (f32, i32, i64, bool_) for type_ in (*types, *case.op.output_types(*types))):
+        return False
+    _compare(f"ONNX rule of {case.op}", case.op, arrays, onnx_rule(case.op, arrays))
+    return True
 
 
 def check_round_trip(op: type[Op], draw: Draw) -> None:
@@ -115,30 +126,6 @@ def check_kernel(backend: Backend, kernel: Kernel, op: type[Op], draw: Draw) -> 
         results = kernels.run_kernel(backend, kernel, node, arrays, buffers=buffers)
         _compare(f"{kernel.name}{' with buffers' if buffers else ''} for {case.op}", case.op, arrays, results)
     return True
-
-
-def applies(check: object, op: type[Op]) -> bool:
-    """Whether a check has anything to say about an op."""
-    needed = {
-        check_decompose: op.decompose is not None and not issubclass(op, Fused),
-        check_torch: op.torch is not None,
-        check_laws: bool(op.laws),
-        check_commutative: op.commutative,
-        check_sharding_string: op.sharding is not None or op.factors is not Op.factors,
-    }
-    return needed.get(check, True)  # type: ignore[call-overload, no-any-return]
-
-
-CHECKS = (
-    check_types,
-    check_decompose,
-    check_torch,
-    check_round_trip,
-    check_bad_types,
-    check_laws,
-    check_commutative,
-    check_sharding_string,
-)
 
 
 def _drawn(op: type[Op], draw: Draw) -> tuple[Op, tuple[Value, ...]]:

@@ -42,8 +42,7 @@ def concrete(case: Case | Example, dtype: DType) -> tuple[Value, ...]:
 def in_float64(arrays: tuple[Value, ...]) -> tuple[Value, ...]:
     """The same numbers with every plain float array in float64, so that a reference computes the truth."""
     return tuple(
-        array if isinstance(array, QuantizedArray) or array.dtype.kind in "iub" else array.astype(np.float64)
-        for array in arrays
+        array if isinstance(array, QuantizedArray) or array.dtype.kind in "iub" else array.astype(np.float64) for array in arrays
     )
 
 

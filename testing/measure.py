@@ -41,9 +41,10 @@ def distance(result: Array, truth: Array) -> float:
     return float(errors.max(initial=0.0)) / scale
 
 
-def assert_close(name: str, result: Array, truth: Array, rounded: Array) -> None:
+def assert_close(name: str, result: Array, truth: Array, rounded: Array, *, depth: int = 1) -> None:
     """``AssertionError`` unless ``result`` is close enough to ``truth`` (float64); ``rounded`` is the reference in the
-    dtype of the result. Integers and booleans must be equal."""
+    dtype of the result. Integers and booleans must be equal. The floor is granted ``depth`` times, for results of so many layers,
+    each of which rounds at places of its own."""
     assert result.shape == truth.shape, f"{name} has shape {result.shape}, expected {truth.shape}"
     assert result.dtype == rounded.dtype, f"{name} has dtype {result.dtype}, expected {rounded.dtype}"
     if result.dtype.kind in "iub":
@@ -51,6 +52,6 @@ def assert_close(name: str, result: Array, truth: Array, rounded: Array) -> None
         return
     if not np.isfinite(rounded.astype(np.float64)).all():
         return  # the definition itself overflows in this dtype, so there is nothing to compare with
-    allowed = FACTOR * distance(rounded, truth) + FLOOR[dtype_of(result)]
+    allowed = FACTOR * distance(rounded, truth) + depth * FLOOR[dtype_of(result)]
     found = distance(result, truth)
     assert found <= allowed, f"{name} is {found:.3g} from the float64 reference, allowed are {allowed:.3g}"

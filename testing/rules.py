@@ -1,5 +1,4 @@
-"""The proof of rewrite rules: each one's pattern is evaluated on its examples, before and after the rewrite. A plugin's test of
-its rules is one line: ``test_mylab_rules = rule_conformance("mylab.")``."""
+"""The proof of rewrite rules: each one's pattern is evaluated on its examples, before and after the rewrite."""
 
 from __future__ import annotations
 
@@ -7,41 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-import deltaloom.passes.fuse  # noqa: F401 - puts the built-in rules into the registry
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.interpret import interpret, type_of
 from deltaloom.graph.ir import Graph
-from deltaloom.graph.op import Array, Attribute, Draw
-from deltaloom.graph.registry import Registry
+from deltaloom.graph.op import Array, Attribute, Draw, Op
 from deltaloom.graph.types import f64
 from deltaloom.passes.rewrite.engine import apply_rules
 from deltaloom.passes.rewrite.pattern import bound
 from deltaloom.passes.rewrite.pattern import given as without_absent
-from deltaloom.passes.rewrite.rule import Example, Rule, rules
-from deltaloom.testing.draw import CaseDraw
+from deltaloom.passes.rewrite.rule import Example, Rule
 from deltaloom.testing.evaluate import Value, as_tuple, concrete, in_float64
 from deltaloom.testing.kernels import DTYPES_UNDER_TEST
 from deltaloom.testing.measure import assert_close
-
-
-def rule_conformance(prefix: str = "", *, registry: Registry[Rule] = rules) -> Callable[..., None]:
-    """One pytest test with a case for every rule whose name starts with ``prefix``: it fires once on each of its examples, what it
-    gives is as near to the pattern in float64 as the pattern itself is, and it refuses where an inner value is used outside."""
-    cases = [pytest.param(rule, id=rule.name) for rule in registry if rule.name.startswith(prefix)]
-
-    @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-    @given(data=st.data())
-    def test_rule(rule: type[Rule], data: st.DataObject) -> None:
-        draw = CaseDraw(data)
-        check_rule(rule(), draw)
-        check_interior_use(rule(), draw)
-
-    test: Callable[..., None] = pytest.mark.parametrize("rule", cases)(test_rule)
-    return test
 
 
 def check_rule(rule: Rule, draw: Draw) -> None:
@@ -89,8 +65,8 @@ class _Instance(GraphBuilder):
         super().__init__(name)
         self._attributes = attributes
 
-    def __getattr__(self, name: str) -> Any:
-        method = super().__getattr__(name)
+    def _method(self, op: type[Op]) -> Callable[..., Any]:
+        method = super()._method(op)
 
         def add(*inputs: Any, **attributes: Any) -> Any:
             chosen: dict[str, Any] = {key: bound(value, self._attributes) for key, value in attributes.items()}

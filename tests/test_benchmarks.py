@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from deltaloom.runtime.device_profile import DeviceProfile
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -44,13 +46,16 @@ def test_both_dtypes_of_a_seed_are_one_model_and_another_seed_is_not(
             assert not np.array_equal(values, other.get_tensor(name).astype(np.float32))
 
 
-def test_the_floor_counts_the_weights_that_the_checkpoint_has(programs: dict[str, ModuleType]) -> None:
+def test_the_floor_of_decode_is_the_weights_that_the_checkpoint_has(programs: dict[str, ModuleType]) -> None:
     tiny = programs["make_midsize"].PRESETS["next-tiny"]
     every_expert = replace(tiny, num_experts_per_tok=tiny.num_experts)
-    active = programs["floor"].Cost(every_expert).active()
+    profile = DeviceProfile("slow memory", 1.0, {"float32": 1e15})
+    decode, *_ = programs["floor"].floors(every_expert, "float32", profile)
     drawn = programs["make_midsize"].tensors(every_expert, programs["make_midsize"].Draw(0))
-    matrices = sum(tensor.size for name, tensor in drawn if tensor.ndim == 2 and "embed_tokens" not in name)
-    assert sum(active.values()) == matrices
+    matrices = sum(tensor.nbytes for name, tensor in drawn if tensor.ndim == 2 and "embed_tokens" not in name)
+    assert matrices < decode.floor == decode.work.bytes
+    linear = sum(row.work.bytes for row in decode.rows if row.op in ("linear", "shared_moe"))
+    assert linear == pytest.approx(matrices, rel=0.02)
 
 
 def test_the_table_gives_medians_spread_and_ratio(programs: dict[str, ModuleType]) -> None:

@@ -17,10 +17,12 @@ MAY_IMPORT = {
     "backends": {"graph", "ops", "passes"},
     "models": {"graph", "ops", "passes"},
     "runtime": {"graph", "ops", "passes", "backends", "models"},
-    "cli": {"graph", "ops", "passes", "backends", "models", "runtime"},
+    "cli": {"graph", "ops", "passes", "backends", "models", "runtime", "testing"},
     "testing": {"graph", "ops", "passes", "backends", "models", "runtime"},
 }
-TEST_LIBRARIES = {"hypothesis", "pytest"}
+TEST_LIBRARIES = {"hypothesis", "pytest", "safetensors"}
+ONLY_IN = {"torch": ("backends/torch",), "onnx": ("backends/onnx",), "onnxruntime": ("backends/onnx", "testing")}
+"""Libraries of extras, and where they may be imported."""
 
 
 def core_libraries() -> set[str]:
@@ -60,9 +62,9 @@ def faults(path: str, source: str) -> list[str]:
             reason = "a relative import; write deltaloom.… in full"
         elif top == "deltaloom":
             reason = inner_fault(part, rest)
-        elif top == "torch":
-            if not path.startswith("backends/torch/"):
-                reason = "torch, which only backends/torch may import"
+        elif top in ONLY_IN:
+            if not path.startswith(tuple(f"{folder}/" for folder in ONLY_IN[top])):
+                reason = f"{top}, which only {' and '.join(ONLY_IN[top])} may import"
         elif top in TEST_LIBRARIES:
             if part != "testing" and at_top:
                 reason = f"{top} at the top of the file, but the core installs without it"
@@ -118,6 +120,7 @@ def test_imports_respect_the_layers(part: str) -> None:
         ("backends/x.py", "import importlib\nimportlib.import_module('torch.fx')", "torch, which only backends/torch"),
         ("ops/x.py", "from .norms import y", "a relative import"),
         ("ops/x.py", "import hypothesis", "hypothesis at the top of the file"),
+        ("runtime/x.py", "import onnx", "onnx, which only backends/onnx may import"),
         ("ops/x.py", "import scipy", "scipy, which the core does not install"),
         ("graph/x.py", "import ops", "ops, which the core does not install"),
     ],

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "deltaloom"
 PARTS = ["backends", "cli", "graph", "models", "ops", "passes", "runtime", "testing"]
 PUBLIC = [
-    "LLM", "AutoModelForCausalLM", "AutoTokenizer", "CompileConfig", "CompiledModel", "DeltaloomError", "SamplingParams",
+    "LLM", "AutoModelForCausalLM", "AutoTokenizer", "CompileConfig", "CompiledModel", "DeltaloomError", "Plugin", "SamplingParams",
     "build_graph", "compile", "load",
 ]  # fmt: skip
 

@@ -50,3 +50,10 @@ def test_a_run_on_numpy_does_not_import_torch() -> None:
     result = run(DEMO)
     assert "Paris" in result.stdout
     assert "'numpy'" in loaded(result) and "torch" not in loaded(result)
+
+
+def test_looking_at_a_model_imports_what_it_needs() -> None:
+    for command in ('"inspect"', '"explain", "--program", "decode"', '"diff", "fold", "fuse"', '"source", "decode"'):
+        code = f"import sys\nargv, sys.argv = sys.argv, ['deltaloom', {command}]\nfrom deltaloom.__main__ import main\n"
+        result = run(f"{code}try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop\nsys.argv = argv")
+        assert loaded(result) == "['ml_dtypes', 'numpy', 'typer']", command

@@ -28,9 +28,12 @@ from deltaloom.graph.op import Array, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.registry import ops
 from deltaloom.graph.types import DType, f32, f64
-from deltaloom.ops.fused import without_fused
+from deltaloom.ops.fused import Fused
 from deltaloom.passes.kernel import Appended, Kernel
 from deltaloom.passes.memory import ALIGNMENT
+
+_PORTABLE: dict[tuple[str, type[Op]], Kernel | None] = {}
+"""By backend and op: kernels that are made when they are first asked for."""
 
 
 class NumpyBackend:
@@ -44,16 +47,24 @@ class NumpyBackend:
 
     def __init__(self, *, device: str | None = None, threads: int | None = None) -> None:
         if device not in (None, "cpu"):
-            message = f"the numpy backend runs on the device 'cpu', not on '{device}'; give cpu, or --backend torch for a GPU"
+            message = f"the {self.name} backend runs on the device 'cpu', not on '{device}'; give cpu, or --backend torch for a GPU"
             raise CompileError(message)
         self.threads = use_threads(threads).n
         keep_freed_memory()
 
     def kernels(self) -> Sequence[Kernel]:
-        """The accelerated kernels, then a portable one for every op (plugins' included) that has a reference of its own."""
-        own = [op for op in without_fused(ops) if op.reference is not None]
-        portable = [Kernel(op.name, self.name, _portable(op), title="reference", quantised=True) for op in own]
-        return [*table.kernels, *portable]
+        """The accelerated kernels, then a portable one for every built-in op that has a reference of its own."""
+        made = map(self.portable, ops.built_in())
+        return [*table.kernels, *(kernel for kernel in made if kernel is not None)]
+
+    def portable(self, op: type[Op]) -> Kernel | None:
+        """The op's reference, unless that is its decomposition."""
+        key = (self.name, op)
+        if key not in _PORTABLE:
+            fits = op.reference is not None and not issubclass(op, Fused)
+            made = Kernel(op.name, self.name, _by_reference(op), title="reference", quantised=True, portable=True)
+            _PORTABLE[key] = made if fits else None
+        return _PORTABLE[key]
 
     def compute_dtype(self, wanted: str) -> DType:
         """float32 or float64; ``CompileError`` for any other."""
@@ -61,7 +72,7 @@ class NumpyBackend:
             if wanted in (dtype.long_name, dtype.name):
                 return dtype
         raise CompileError(
-            f"the numpy backend computes in float32 or float64, not in '{wanted}': NumPy has no fast arithmetic for it; "
+            f"the {self.name} backend computes in float32 or float64, not in '{wanted}': NumPy has no fast arithmetic for it; "
             "use --dtype float32 (weights stored otherwise are widened when they are loaded)"
         )
 
@@ -89,7 +100,7 @@ class NumpyBackend:
         return function
 
 
-def _portable(op_class: type[Op]) -> Callable[..., Any]:
+def _by_reference(op_class: type[Op]) -> Callable[..., Any]:
     """A kernel that calls the op's reference; append states are given as they are filled and get what was appended."""
     names = op_class.input_names()
     appended = [(names.index(name), axis, op_class.updates[name]) for name, axis in op_class.appends.items()]

@@ -40,7 +40,7 @@ WORK = 1 << 20
 """State elements times tokens from which chunks are worth two threads."""
 
 
-@table.kernel("delta_gates", when=(dtype_in("b", f32, f64), dtype_in("a_log", f32, f64)))
+@table.kernel("delta_gates", when=(dtype_in("b", f32, f64),))
 def delta_gates(op: Op, b: Array, a: Array, a_log: Array, dt_bias: Array) -> tuple[Array, Array]:
     """softplus as max(x, 0) + log1p(exp(-|x|)): exact, and faster than logaddexp."""
     x = a + dt_bias
@@ -54,7 +54,7 @@ def delta_gates(op: Op, b: Array, a: Array, a_log: Array, dt_bias: Array) -> tup
     return logistic(b), x
 
 
-@table.kernel("gated_delta_rule", when=(size("q", 1, equals=1), dtype_in("v", f32, f64), dtype_in("state", f32, f64)))
+@table.kernel("gated_delta_rule", when=(size("q", 1, equals=1), dtype_in("v", f32, f64)))
 def delta_step(op: Op, q: Array, k: Array, v: Array, log_decay: Array, beta: Array, state: Array) -> tuple[Array, Array]:
     """One token, in place."""
     batch, _, key_heads, key_dim = q.shape
@@ -100,7 +100,7 @@ def advance(
     share(run, keys.shape[1], worth=state.size >= STEP_WORK)
 
 
-@table.kernel("gated_delta_rule", when=(dtype_in("v", f32, f64), dtype_in("state", f32, f64)))
+@table.kernel("gated_delta_rule", when=(dtype_in("v", f32, f64),))
 def delta_chunks(op: Op, q: Array, k: Array, v: Array, log_decay: Array, beta: Array, state: Array) -> tuple[Array, Array]:
     """Any number of tokens, in place, chunk by chunk; the threads share batch rows and groups of key heads."""
     scale = cast(_HasScale, op).scale

@@ -124,7 +124,7 @@ def packed_causal_conv1d(
     return result, pool
 
 
-@table.kernel("packed_gated_delta_rule", when=(dtype_in("v", f32, f64), dtype_in("pool", f32, f64)), into=True)
+@table.kernel("packed_gated_delta_rule", when=(dtype_in("v", f32, f64),), into=True)
 def packed_gated_delta_rule(
     op: Op,
     q: Array,

@@ -10,8 +10,6 @@ import numpy as np
 
 from deltaloom.backends.numpy.table import table
 from deltaloom.graph.op import Array, Op
-from deltaloom.graph.types import i32, i64
-from deltaloom.passes.kernel import dtype_in
 
 
 class _Split(Protocol):
@@ -59,7 +57,7 @@ def concat(op: Op, *arrays: Array, out: Array | None = None) -> Array:
     return np.concatenate(arrays, axis=cast(_Concat, op).axis, out=out)
 
 
-@table.kernel("embedding", when=(dtype_in("ids", i32, i64),), into=True)
+@table.kernel("embedding", into=True)
 def embedding(op: Op, ids: Array, weight: Array, *, out: Array | None = None) -> Array:
     """``take`` copies rows without the machinery of fancy indexing; only where it need not refuse an id does it write to ``out``
     without a copy between."""

@@ -23,10 +23,10 @@ from deltaloom.backends.torch import (
     swiglu,
 )
 from deltaloom.backends.torch.host import to_array, to_tensor, torch_dtype
-from deltaloom.backends.torch.portable import portable_kernels
+from deltaloom.backends.torch.portable import portable_kernel, portable_kernels
 from deltaloom.backends.torch.table import table
 from deltaloom.graph.errors import CompileError, ConfigError
-from deltaloom.graph.op import Array
+from deltaloom.graph.op import Array, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import DType, bf16, f16, f32, f64
 from deltaloom.passes.kernel import Kernel
@@ -46,6 +46,8 @@ class TorchBackend:
 
     name = "torch"
     compiles = True
+    _appending = True
+    """Whether rules of ops with append states are run."""
 
     def __init__(self, device: str | None = None, threads: int | None = None) -> None:
         """Raises ``CompileError`` for a device that this torch does not have, ``ConfigError`` for a number of threads below 1."""
@@ -60,9 +62,13 @@ class TorchBackend:
         """Kernels of this folder, then every op's own ``torch`` rule."""
         return self._kernels
 
+    def portable(self, op: type[Op]) -> Kernel | None:
+        """The op's own ``torch`` rule."""
+        return portable_kernel(op, self.name, appending=self._appending)
+
     @cached_property
     def _kernels(self) -> list[Kernel]:
-        return [*table.kernels, *portable_kernels(self.name, appending=True)]
+        return [*table.kernels, *portable_kernels(self.name, appending=self._appending)]
 
     def compute_dtype(self, wanted: str) -> DType:
         """float32, bfloat16, float16 or float64. ``CompileError`` for anything else."""
@@ -92,6 +98,10 @@ class TorchBackend:
 
     def finish(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """In inference mode, where an op costs less to start (a token of a model that is all dispatch: 3.5 ms against 4.0)."""
+        return self.alone(function)
+
+    def alone(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """In inference mode too."""
         return torch.inference_mode()(function)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
 from torch.fx.experimental import _config as shape_config
@@ -38,6 +39,9 @@ class InductorBackend(TorchBackend):
 
     name = "inductor"
     compiles = True
+    _appending = False
+    budget = 4
+    """One sequence or more, times one token or more."""
 
     def __init__(self, device: str | None = "cpu", threads: int | None = None) -> None:
         super().__init__(device, threads)
@@ -47,7 +51,7 @@ class InductorBackend(TorchBackend):
 
     @cached_property
     def _kernels(self) -> list[Kernel]:
-        return [*compiled.table.kernels, *portable_kernels(self.name, appending=False)]
+        return [*compiled.table.kernels, *portable_kernels(self.name, appending=self._appending)]
 
     def length(self, count: int) -> torch.Tensor:
         """A number on the host that no compiled code depends on."""
@@ -60,6 +64,10 @@ class InductorBackend(TorchBackend):
     def compilations(self) -> dict[str, int]:
         """How often torch compiled, by name of the emitted function (functions of several programs can share a name)."""
         return dict(self._compilations)
+
+    def graph_breaks(self) -> int:
+        """Of this process, by any of its code under ``torch.compile``; those of emitted functions would be errors."""
+        return sum(counters["graph_break"].values())
 
 
 class CompiledFunction:

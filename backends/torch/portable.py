@@ -15,9 +15,16 @@ TITLE = "portable"
 
 
 def portable_kernels(backend: str, *, appending: bool) -> list[Kernel]:
-    """One kernel for each op with a ``torch`` rule, those with append states only if ``appending``."""
-    found = [op for op in ops if op.torch is not None and (appending or not op.appends)]
-    return [Kernel(op.name, backend, _adapter(op), title=TITLE, quantised=True) for op in found]
+    """One kernel for each built-in op with a ``torch`` rule, those with append states only if ``appending``."""
+    made = (portable_kernel(op, backend, appending=appending) for op in ops.built_in())
+    return [kernel for kernel in made if kernel is not None]
+
+
+def portable_kernel(op: type[Op], backend: str, *, appending: bool) -> Kernel | None:
+    """The kernel made of the ``torch`` rule of an op, if it has one."""
+    if op.torch is None or op.appends and not appending:
+        return None
+    return Kernel(op.name, backend, _adapter(op), title=TITLE, quantised=True, portable=True)
 
 
 def _adapter(op: type[Op]) -> Callable[..., Any]:

@@ -1,5 +1,5 @@
-"""Products with quantised weights on torch: a tile of rows is dequantised and multiplied, so that a quantised weight never exists
-as a whole in the dtype of the activations."""
+"""Products with weights that are quantised, or in bfloat16, on torch: a tile of rows is widened and multiplied, so that such a
+weight never exists as a whole in the dtype of the activations."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from deltaloom.backends.torch.table import table, wide
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.ops.quantized import plain_tensor
-from deltaloom.passes.kernel import is_quantised
+from deltaloom.passes.kernel import some_stored_otherwise
 
 TILE = 1 << 20
 """Codes that are dequantised at once (4 MiB of float32)."""
 
 
-@table.kernel("linear", when=(is_quantised("weight"),), quantised=True)
-def quantised_linear(op: Op, x: torch.Tensor, weight: QuantizedArray, bias: torch.Tensor | None = None) -> torch.Tensor:
+@table.kernel("linear", when=(some_stored_otherwise,), quantised=True)
+def quantised_linear(
+    op: Op, x: torch.Tensor, weight: QuantizedArray | torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Tile by tile."""
     y = multiply(x, weight)
     return y if bias is None else y.add_(bias)
@@ -25,21 +27,22 @@ def quantised_linear(op: Op, x: torch.Tensor, weight: QuantizedArray, bias: torc
 
 def multiply(x: torch.Tensor, weight: QuantizedArray | torch.Tensor) -> torch.Tensor:
     """``x [..., i]`` times ``weight [o, i]`` transposed."""
-    if isinstance(weight, torch.Tensor):
+    if isinstance(weight, torch.Tensor) and weight.dtype == x.dtype:
         return linear(x, weight)
     count, width = weight.shape
-    unit = weight.form.block[0]
+    unit = weight.form.block[0] if isinstance(weight, QuantizedArray) else 1
     step = max(1, TILE // (width * unit)) * unit
     if step >= count:
         return linear(x, plain_tensor(torch, weight, x.dtype))
     out = x.new_empty(*x.shape[:-1], count)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        out[..., start:stop] = linear(x, plain_tensor(torch, weight.part(0, start, stop), x.dtype))
+        tile = weight.part(0, start, stop) if isinstance(weight, QuantizedArray) else weight[start:stop]
+        out[..., start:stop] = linear(x, plain_tensor(torch, tile, x.dtype))
     return out
 
 
-@table.kernel("moe_experts", when=(is_quantised("gate_up", "down"),), quantised=True)
+@table.kernel("moe_experts", when=(some_stored_otherwise,), quantised=True)
 def quantised_moe_experts(
     op: Op,
     x: torch.Tensor,

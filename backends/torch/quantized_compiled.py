@@ -13,7 +13,7 @@ from deltaloom.backends.torch.quantized import mix_quantised
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import CODES, QuantType, dtype_named, f32
-from deltaloom.passes.kernel import is_quantised
+from deltaloom.passes.kernel import some_stored_otherwise
 
 
 @torch.library.custom_op("deltaloom::quantised_moe_experts", mutates_args=())
@@ -47,7 +47,7 @@ def _experts_fake(
     return x.new_empty(x.shape)
 
 
-@table.kernel("moe_experts", when=(is_quantised("gate_up", "down"),), quantised=True)
+@table.kernel("moe_experts", when=(some_stored_otherwise,), quantised=True)
 def quantised_moe_experts(
     op: Op,
     x: torch.Tensor,

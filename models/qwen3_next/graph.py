@@ -4,7 +4,7 @@ followed by experts (or, where the config says so, a dense SwiGLU).
     x = x + mixer(norm(x));  x = x + feed_forward(norm(x))
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.ir import Graph, Value
@@ -29,6 +29,9 @@ from deltaloom.models.layers import (
 )
 from deltaloom.ops.precision import wide_dtype
 
+Projections = Callable[[GraphBuilder, ModelConfig, Stored], tuple[Value, Value]]
+"""Gives the DeltaNet's input matrices with rows ``[q | k | v | z]`` and ``[b | a]`` from what the checkpoint stores."""
+
 
 def model(config: ModelConfig, dtype: DType, names: Collection[str] | None) -> Graph:
     """The main model: embed -> layers -> norm -> head. ``names``: see ``deltaloom.models.build.build_graph``."""
@@ -36,15 +39,16 @@ def model(config: ModelConfig, dtype: DType, names: Collection[str] | None) -> G
     return decoder(config, bodies, dtype, zero_centred_norm)
 
 
-def layer(config: ModelConfig, form: LayerForm, dtype: DType, name: str) -> Graph:
-    """One layer's body: residual stream ``x`` [b, s, H] in, ``out`` [b, s, H] out (specification, section 1)."""
+def layer(config: ModelConfig, form: LayerForm, dtype: DType, name: str, *, projections: Projections | None = None) -> Graph:
+    """One layer's body: residual stream ``x`` [b, s, H] in, ``out`` [b, s, H] out (specification, section 1). ``projections``:
+    where the DeltaNet's input matrices come from, ``in_projections`` if None."""
     g = GraphBuilder(name, dtype=dtype)
     x = layer_input(g, config)
     h = zero_centred_norm(g, config, x, "input_layernorm")
     if form.mixer == LINEAR:
         valid = valid_input(g)
         with inside(g, form.stored, "linear_attn") as stored:
-            mixed = gated_delta_net(g, config, stored, h, valid)
+            mixed = gated_delta_net(g, config, stored, h, valid, projections or in_projections)
     else:
         cos, sin = rotary_inputs(g, config)
         valid = valid_input(g)
@@ -58,7 +62,9 @@ def layer(config: ModelConfig, form: LayerForm, dtype: DType, name: str) -> Grap
     return g.build()
 
 
-def gated_delta_net(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, valid: Value) -> Value:
+def gated_delta_net(
+    g: GraphBuilder, config: ModelConfig, stored: Stored, x: Value, valid: Value, projections: Projections
+) -> Value:
     """The linear mixer (specification, section 5), x [b, s, H] -> [b, s, H]. Per sequence it keeps ``conv``, the last
     K - 1 columns before the convolution, and ``delta``, one matrix [dk, dv] a value head in float32 (float64 for a
     float64 model)."""
@@ -70,7 +76,7 @@ def gated_delta_net(g: GraphBuilder, config: ModelConfig, stored: Stored, x: Val
     delta = g.state("delta", wide_dtype(g.dtype)[BATCH, value_heads, dk, dv])
 
     x = g.mask_padding(x, valid, name="masked")
-    qkvz_weight, ba_weight = in_projections(g, config, stored)
+    qkvz_weight, ba_weight = projections(g, config, stored)
     qkv, z = g.split(g.linear(x, qkvz_weight, name="qkvz"), sizes=(channels, value_width), name="qkv_z")
     b, a = g.split(g.linear(x, ba_weight, name="ba"), sizes=(value_heads, value_heads), name="b_a")
 

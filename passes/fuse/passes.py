@@ -27,17 +27,19 @@ FUSE = (
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Replace groups of nodes by fused ops, by rewrite rules. ``fuel`` ends the work after that many rewrites in all;
-    without it, the configuration's is used up, which all passes share."""
+    """Replace groups of nodes by fused ops, by rewrite rules: ``rules``, then, if ``plugins``, those of plugins. ``fuel`` ends the
+    work after that many rewrites in all; without it, the configuration's is used up, which all passes share."""
 
     name = "fuse"
     requires = ("canonical",)
     establishes = ("fused",)
     rules: tuple[str, ...] = FUSE
+    plugins: bool = True
     fuel: int | None = None
 
     def run(self, graph: Graph, ctx: Context) -> Graph:
         chosen = [registry.get(name)() for name in self.rules]
+        chosen += [rule() for rule in registry.offered() if rule.name not in self.rules] if self.plugins else []
         fuel = ctx.fuel if self.fuel is None else Fuel(self.fuel)
 
         def one(part: Graph) -> Graph:
@@ -56,3 +58,4 @@ class Fold(Fuse):
     establishes = ("folded",)
     excludes = ("packed", "lifted")
     rules: tuple[str, ...] = FOLD
+    plugins: bool = False

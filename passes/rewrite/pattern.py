@@ -6,6 +6,7 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from itertools import product
 
 import deltaloom.ops  # noqa: F401  (puts the built-in ops into the registry)
@@ -68,23 +69,20 @@ class Pattern:
 
 
 class PatternGraph:
-    """The ``g`` of a pattern: ``g.NAME(values..., attribute=...)`` demands a node of that op. Attributes that are not given must
-    have their defaults; one without default must be given, by ``Any`` at least. Trailing inputs that are None are left out."""
+    """The ``g`` of a pattern: ``g.NAME(values..., attribute=...)``, or ``g.PLUGIN.NAME``, demands a node of that op. Attributes
+    that are not given must have their defaults; one without default must be given, by ``Any`` at least. Trailing inputs that are
+    None are left out."""
 
     def __init__(self, rule: str, registry: OpRegistry = ops) -> None:
         self._rule = rule
         self._registry = registry
         self._nodes: list[PatternNode] = []
 
-    def __getattr__(self, name: str) -> Callable[..., typing.Any]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        op = self._registry.get(name)
+    def __getattr__(self, name: str) -> typing.Any:
+        return self._registry.attribute(name, lambda op: partial(self._demand, op))
 
-        def record(*inputs: Term | None, **attributes: Wanted) -> typing.Any:
-            return self._record(op, given(inputs), attributes)
-
-        return record
+    def _demand(self, op: type[Op], *inputs: Term | None, **attributes: Wanted) -> typing.Any:
+        return self._record(op, given(inputs), attributes)
 
     def _record(self, op: type[Op], inputs: tuple[Term, ...], attributes: Mapping[str, Wanted]) -> typing.Any:
         wanted: dict[str, Wanted] = {}

@@ -55,5 +55,5 @@ class Rule:
         return f"{type(self).__name__}()"
 
 
-rules: Registry[Rule] = Registry("rewrite rule")
+rules: Registry[Rule] = Registry("rewrite rule", Rule, "rules")
 """The rules of this process; ``deltaloom.passes.fuse`` puts the built-in table into it when it is imported."""

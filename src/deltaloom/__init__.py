@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deltaloom.graph.errors import DeltaloomError
+    from deltaloom.graph.plugin import Plugin
     from deltaloom.passes.config import CompileConfig
     from deltaloom.runtime.auto import AutoModelForCausalLM, AutoTokenizer
     from deltaloom.runtime.compile import CompiledModel, compile
@@ -24,6 +25,7 @@ __all__ = [
     "CompileConfig",
     "CompiledModel",
     "DeltaloomError",
+    "Plugin",
     "SamplingParams",
     "build_graph",
     "compile",
@@ -37,6 +39,7 @@ _MODULES = {
     "CompileConfig": "deltaloom.passes.config",
     "CompiledModel": "deltaloom.runtime.compile",
     "DeltaloomError": "deltaloom.graph.errors",
+    "Plugin": "deltaloom.graph.plugin",
     "SamplingParams": "deltaloom.runtime.params",
     "build_graph": "deltaloom.runtime.load",
     "compile": "deltaloom.runtime.compile",

@@ -10,7 +10,7 @@ import pytest
 
 from deltaloom.backends.numpy import quantized, threads
 from deltaloom.graph.quantized import QuantizedArray
-from deltaloom.graph.types import QuantType, bf16, f8_e4m3, f32, i4, i8
+from deltaloom.graph.types import DType, QuantType, bf16, f8_e4m3, f32, i4, i8
 from deltaloom.ops.linear import Linear
 from deltaloom.ops.moe import MoEExperts
 from deltaloom.ops.quantized import Dequantize, Quantize
@@ -20,6 +20,7 @@ FORMS = [
     QuantType(i8, (1, 24), bf16),
     QuantType(i4, (1, 32), bf16),
     QuantType(f8_e4m3, (48, 40), f32),
+    bf16,
 ]
 RNG = np.random.default_rng(0)
 
@@ -31,14 +32,15 @@ def pool(request: pytest.FixtureRequest) -> Iterator[int]:
     threads.use_threads(before.n)
 
 
-def quantised(form: QuantType, *shape: int) -> QuantizedArray:
-    return Quantize(str(form)).reference(RNG.standard_normal(shape).astype(np.float32))
+def quantised(form: QuantType | DType, *shape: int) -> Any:
+    weight = RNG.standard_normal(shape).astype(np.float32)
+    return weight.astype(bf16.numpy) if form == bf16 else Quantize(str(form)).reference(weight)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_many_tiles_give_the_reference(form: QuantType, dtype: Any, rows: int, pool: int) -> None:
+def test_many_tiles_give_the_reference(form: QuantType | DType, dtype: Any, rows: int, pool: int) -> None:
     weight = quantised(form, 2113, 513)
     x = RNG.standard_normal((1, rows, 513)).astype(dtype)
     assert weight.shape[0] > 10 * quantized.tile_rows(weight) and weight.shape[0] * weight.shape[1] > quantized.WORTH
@@ -72,7 +74,7 @@ def test_a_nan_code_is_a_nan_in_its_row_alone() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_experts_of_many_tokens_and_of_one_give_the_reference(form: QuantType, pool: int) -> None:
+def test_experts_of_many_tokens_and_of_one_give_the_reference(form: QuantType | DType, pool: int) -> None:
     gate_up, down = quantised(form, 9, 192, 256), quantised(form, 9, 256, 96)
     for tokens in (1, 70):
         x = RNG.standard_normal((1, tokens, 256)).astype(np.float32)
@@ -84,7 +86,7 @@ def test_experts_of_many_tokens_and_of_one_give_the_reference(form: QuantType, p
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_whole_weight_is_never_widened(form: QuantType) -> None:
+def test_the_whole_weight_is_never_widened(form: QuantType | DType) -> None:
     weight = quantised(form, 4096, 512)
     x, op = np.ones((1, 1, 512), np.float32), Linear()
     quantized.quantised_linear(op, x, weight)

@@ -132,3 +132,15 @@ def test_zeros_are_ordinary_tensors():
     state = BACKEND.zeros((2, 3), f32)
     state[:, 1] = 1
     assert state.sum() == 2
+
+
+def test_one_cuda_device_is_number_zero(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("cuda", "cuda:0"):
+        assert TorchBackend(name).device == name
+    with pytest.raises(CompileError, match="'cuda:1' was asked for, but this torch .* sees 1 CUDA devices"):
+        TorchBackend("cuda:1")
+
+
+def test_a_tensor_that_records_gradients_becomes_an_array():
+    np.testing.assert_array_equal(BACKEND.to_host(torch.ones(2, requires_grad=True)), [1, 1])

@@ -18,12 +18,14 @@ FORMS = [
     QuantType(i8, (1, 24), bf16),
     QuantType(i4, (1, 32), bf16),
     QuantType(f8_e4m3, (48, 40), f32),
+    bf16,
 ]
 RNG = np.random.default_rng(0)
 
 
 def quantised(form, *shape):
-    return Quantize(str(form)).reference(RNG.standard_normal(shape).astype(np.float32))
+    weight = RNG.standard_normal(shape).astype(np.float32)
+    return weight.astype(bf16.numpy) if form == bf16 else Quantize(str(form)).reference(weight)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from deltaloom.cli import app
-from deltaloom.cli.inspect import fold_layers
 from deltaloom.cli.table import columns
 from deltaloom.graph.errors import ConfigError
 
@@ -99,31 +98,6 @@ def test_torch_is_a_flag_away() -> None:
     assert shown(*arguments, "torch") == shown(*arguments, "torch,numpy") == f"{PARIS}\n"
 
 
-def test_inspect_says_what_a_model_is_and_who_runs_it() -> None:
-    text = shown("inspect")
-    assert "2 x (3 x linear_layer, attention_layer)" in text and "6,155,488" in text
-    assert "numpy.delta_step: axis 1 of q is seq, not 1" in text
-    found = json.loads(shown("inspect", "tiny-next", "--json"))
-    assert (found["parameters"], found["parameters_of_the_mtp_head"]) == (6155488, 643328)
-    decode = {(row["body"], row["op"]): row["kernel"] for row in found["programs"]["decode"]}
-    assert decode["linear_layer", "gated_delta_net"] == "numpy.delta_net_step"
-    assert found["layer_regions"] == [*["linear_layer"] * 3, "attention_layer"] * 2
-
-
-def test_inspect_shows_the_graph_and_the_programs() -> None:
-    assert shown("inspect", "--graph").startswith("graph qwen3_next (format 1)\n")
-    source = shown("inspect", "--source", "decode")
-    compile(source, "decode", "exec")
-    assert "decode, emitted by deltaloom" in source
-
-
-def test_inspect_reads_no_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((ROOT / "models" / "tiny_next" / "config.json").read_bytes())
-    found = json.loads(shown("inspect", str(tmp_path), "--json", "--hf-overrides", '{"num_hidden_layers": 4}'))
-    assert found["layers"] == "3 x linear_layer, attention_layer"
-    assert found["parameters"] < 6155488
-
-
 def test_ops_lists_the_registry_and_shows_one_op() -> None:
     table = shown("ops")
     (line,) = [line for line in table.splitlines() if line.startswith("gated_delta_rule ")]
@@ -171,8 +145,7 @@ def test_help_and_version() -> None:
         (["generate", "a", "--hf-overrides", '{"hidden": 1}'], "'hidden' is not a field of qwen3_next"),
         (["generate", "a", "--max-tokns", "3"], "No such option: --max-tokns"),
         (["generate", "a", "b"], "unexpected extra argument"),
-        (["inspect", "--json", "--graph"], "--json and --graph exclude each other"),
-        (["inspect", "--source", "middle"], "--source is 'middle', expected prefill or decode"),
+        (["inspect", "--dot", "--graph"], "--graph and --dot exclude each other"),
         (["inspect", "nowhere"], "'nowhere' is neither"),
         (["ops", "lineer"], "there is no op 'lineer'; did you mean linear"),
         (["sing"], "No such command 'sing'"),
@@ -235,14 +208,6 @@ def test_a_reader_that_leaves_ends_it_quietly() -> None:
     started = time.monotonic()
     assert process.wait(timeout=60) == 141 and time.monotonic() - started < 30
     assert process.stderr.read() == ""
-
-
-def test_layers_are_folded() -> None:
-    assert fold_layers(["a"] * 4) == "4 x a"
-    assert fold_layers(["a", "b"]) == "a, b"
-    assert fold_layers(["a", "a", "b"] * 3) == "3 x (2 x a, b)"
-    assert fold_layers(["a", "b", "a"]) == "a, b, a"
-    assert fold_layers(["a"]) == "a"
 
 
 def test_columns_are_aligned() -> None:

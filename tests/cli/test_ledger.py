@@ -39,7 +39,7 @@ def test_rules_are_counted_and_refusals_shown_once() -> None:
 def test_the_ledger_of_a_config_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(CONFIG.read_bytes())
     assert run(["inspect", str(tmp_path), "--ledger", "--json"]) == 0
-    folder = json.loads(capsys.readouterr().out)
+    folder = json.loads(capsys.readouterr().out)["parts"]
     assert run(["inspect", str(CONFIG), "--ledger"]) == 0
     text = capsys.readouterr().out
     decode = folder["decode -> last_logits"][-1]["after"]

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.dims import symbol
 from deltaloom.graph.errors import VerifyError
-from deltaloom.graph.ir import Call, Graph, Node, State, Value
+from deltaloom.graph.ir import Call, Graph, Node, State, Value, names_apart
 from deltaloom.graph.types import bf16, f32
 from deltaloom.graph.verify import verify
+from deltaloom.models.inventory import parameter_count
 from deltaloom.ops.elementwise import Add, Silu
 from deltaloom.ops.norm import RMSNorm
 
@@ -258,3 +260,35 @@ def test_random_graphs_are_legal_and_random_damage_is_not(data: st.DataObject, r
     assume(kind != "last first" or made.intersection(graph.nodes[-1].inputs))
     with pytest.raises(VerifyError):
         verify(replace(graph, nodes=tuple(damaged)))
+
+
+def test_a_node_that_has_passed_is_looked_at_again_where_it_stands(sample: Graph) -> None:
+    """Types of a node are checked once; that its inputs are there, and its name is free, in every graph that it gets into."""
+    verify(sample)
+    region = sample.regions["layer"]
+    rest = tuple(node for node in region.nodes if node.name != "act")
+    with pytest.raises(VerifyError, match="uses %act, which is not defined"):
+        verify(replace(sample, regions={"layer": replace(region, nodes=rest)}))
+    twice = (*region.nodes, region.nodes[0])
+    with pytest.raises(VerifyError, match="is defined twice"):
+        verify(replace(sample, regions={"layer": replace(region, nodes=twice)}))
+
+
+def test_names_that_prefixes_keep_apart() -> None:
+    def model(prefixes: tuple[str, ...], shared: str = "top") -> Graph:
+        inner = GraphBuilder("layer")
+        inner.output("y", inner.mul(inner.input("x", f32[2]), inner.param("weight", [2])))
+        layer = inner.build()
+        g = GraphBuilder("model")
+        x = g.mul(g.input("x", f32[2]), g.param(shared, [2]))
+        for prefix in prefixes:
+            x = g.call(layer, x, prefix=prefix)
+        g.output("y", x)
+        return g.build()
+
+    assert names_apart(model(("a.", "b.", "a1.")))
+    assert not names_apart(model(("a.", "a.b.")))
+    assert not names_apart(model(("a.", "b."), shared="b.weight"))
+    assert not names_apart(model(("a.",)), model(("a.",)))
+    assert parameter_count(model(("a.", "b."))) == 6 and parameter_count(model(("a.", "b."), shared="b.weight")) == 4
+    assert parameter_count(model(("a.",)), model(("a.",))) == 4

@@ -1,5 +1,7 @@
 """Type rules with symbolic dimensions, costs as expressions, and refusals that are sentences."""
 
+from fractions import Fraction
+
 import pytest
 
 from deltaloom.graph.dims import symbol
@@ -8,12 +10,15 @@ from deltaloom.graph.types import QuantType, bf16, bool_, f8_e4m3, f32, i32, i64
 from deltaloom.ops.attention import Attention
 from deltaloom.ops.convolution import CausalConv1d
 from deltaloom.ops.delta_rule import GatedDeltaRule
+from deltaloom.ops.elementwise import ZerosLike
 from deltaloom.ops.embedding import Embedding
+from deltaloom.ops.fused_moe import SharedMoE
 from deltaloom.ops.linear import Linear
 from deltaloom.ops.moe import MoEExperts, RouterTopK
 from deltaloom.ops.norm import RMSNorm
 from deltaloom.ops.padding import MaskPadding
 from deltaloom.ops.quantized import Dequantize
+from deltaloom.ops.serving import TakeRows
 from deltaloom.ops.shape import Concat, Flatten, Split, TakeLast, Unflatten
 
 B, S, P = symbol("batch"), symbol("seq"), symbol("past", low=0)
@@ -75,3 +80,21 @@ def test_heads_must_divide() -> None:
     q, v = f32[B, S, 2, 8], f32[B, S, 3, 8]
     with pytest.raises(GraphError, match="the heads of v .* are not a multiple of those of k"):
         GatedDeltaRule(scale=1.0).infer(q, q, v, f32[B, S, 3], f32[B, S, 3], f32[B, 3, 8, 8])
+
+
+def test_costs_of_what_reads_a_part() -> None:
+    x, rows = f32[1, symbol("tokens"), 8], i32[symbol("rows")]
+    assert str(TakeRows().cost(x, rows).bytes) == "68*rows"
+    assert ZerosLike().cost(f32[B, 8]).bytes == 32 * B
+    plain, silu = CausalConv1d(), CausalConv1d(activation="silu")
+    types = f32[B, S, 12], f32[12, 1, 4], f32[B, 12, 3]
+    assert silu.cost(*types).flops - plain.cost(*types).flops == 5 * 12 * B * S
+
+
+def test_parts_of_weights_that_a_token_reads() -> None:
+    assert Embedding().reads(i64[B, S], f32[160, 32]) == {"weight": Fraction(1, 160)}
+    ids, x, weights = i32[B, S, 2], f32[B, S, 8], f32[B, S, 2]
+    assert MoEExperts().reads(x, weights, ids, f32[4, 6, 8], f32[4, 8, 3]) == {"gate_up": Fraction(1, 2), "down": Fraction(1, 2)}
+    shared = f32[B, S, 1], f32[4, 6, 8], f32[4, 8, 3], f32[10, 8], f32[8, 5]
+    assert SharedMoE().reads(x, weights, ids, *shared) == {"gate_up": Fraction(1, 2), "down": Fraction(1, 2)}
+    assert Linear().reads(f32[B, 32], f32[48, 32]) == {}

@@ -130,6 +130,40 @@ def test_a_packed_weight_of_several_forms_is_taken_apart_with_its_bias() -> None
     assert "in_proj_ba.weight stays plain" in events[1].reason
 
 
+def test_bfloat16_is_a_cast_of_every_weight_of_a_product() -> None:
+    graph = model(region(mixer))
+    params = weights_of(graph)
+    after, events = run(graph, policy="bf16")
+    body = after.regions["layer"]
+    assert set(consumers(body).values()) == {"bf16"} and ops_of(body).count("linear") == 2  # in_proj_ba too, so all stay packed
+    assert {event.kind for event in events} == {"hit"} and events[0].reason.endswith("becomes bf16")
+    narrow = {name: w.astype(bf16.numpy).astype(np.float32) if name.endswith("weight") else w for name, w in params.items()}
+    np.testing.assert_allclose(meaning(after, params), meaning(graph, narrow), rtol=1e-6, atol=1e-6)
+    assert np.abs(meaning(after, params) - meaning(graph, params)).max() > 1e-4
+
+
+def test_bfloat16_changes_nothing_where_weights_are_that_already() -> None:
+    g = GraphBuilder("narrow")
+    g.output("y", g.linear(g.input("x", bf16[BATCH, SEQ, 8]), g.param("w", [4, 8], bf16)))
+    graph = g.build()
+    assert run(graph, policy="bf16")[0] == graph
+
+
+def test_a_weight_may_be_bfloat16_beside_others_that_are_quantised() -> None:
+    graph = model(region(mixer))
+    params = weights_of(graph)
+    after, _ = run(graph, policy=[("*_ba*", "bf16"), ("*", "int8")])
+    assert list(consumers(after.regions["layer"]).values()) == [
+        "int8{row, scale f32}",
+        "bf16",
+        "int8{row, scale f32}",
+        "int8{row, scale f32}",
+    ]
+    forms = {f"layers.{n}.{name}.weight": SCHEMES["int8"] for n in (0, 1) for name in ("q_proj", "v_proj", "o_proj")}
+    narrow = {k: w.astype(bf16.numpy).astype(np.float32) if k.endswith("_ba.weight") else w for k, w in params.items()}
+    np.testing.assert_allclose(meaning(after, params), meaning(graph, rounded(narrow, forms)), rtol=1e-5, atol=1e-5)
+
+
 def test_equal_forms_stay_packed() -> None:
     after, _ = run(model(region(mixer)), policy={"*in_proj_ba*": "int8", "*": "int8"})
     assert ops_of(after.regions["layer"]).count("linear") == 2
@@ -260,14 +294,14 @@ def test_schemes_and_their_order() -> None:
     assert scheme_type("int8_g64") == QuantType(i8, (1, 64), bf16) and scheme_type("plain") is None
     forms = [scheme_type(name) for name in ("int4", "fp8", "int8", "int8_g64", "int4_g128")]
     assert most_exact(forms) == scheme_type("int8_g64")
-    assert most_exact([*forms, None]) is None
+    assert most_exact([*forms, None]) is None and most_exact([*forms, scheme_type("bf16")]) == bf16
     assert most_exact([forms[0], forms[4]]) == forms[0] and most_exact([forms[0], forms[1]]) == forms[1]
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("int5", "there is no scheme 'int5'; known are int8, int4, fp8, int8_gN and int4_gN"),
+        ("int5", "there is no scheme 'int5'; known are bf16, int8, int4, fp8, int8_gN and int4_gN"),
         ("int4_g31", "int4_g31 has groups of 31; expected an even number"),
         ({"*": 8}, r"has \('\*', 8\); expected a scheme"),
         ({"": "int8"}, "expected a scheme"),

@@ -79,7 +79,7 @@ def test_steps_in_an_arena_give_what_steps_that_allocate_give(
     found = []
     for step in range(8):
         found += decoded(model, planned, 1, step)
-        assert spoil(model.main._arenas) > 0
+        assert spoil(model.main.arenas) > 0
     program = model.main.program(Variant(True, padded, ("last_logits",)))
 
     def allocating(variant: Variant, one: Program, arguments: tuple[Any, ...], state: ModelState) -> Any:
@@ -116,7 +116,7 @@ def test_an_arena_is_not_used_again_after_a_run_that_failed(model: Model) -> Non
     """A thread of the pool may still be writing to it."""
     program = model.main.program(DECODE)
     executor = model.main
-    executor._arenas._idle.clear()
+    executor.arenas._idle.clear()
 
     class Broken:
         memory = program.memory
@@ -132,7 +132,7 @@ def test_an_arena_is_not_used_again_after_a_run_that_failed(model: Model) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         executor._call(DECODE, Broken(), (), model.new_state(1))  # type: ignore[arg-type]
-    assert not executor._arenas._idle
+    assert not executor.arenas._idle
 
 
 def test_the_emitted_source_runs_by_itself_with_and_without_buffers() -> None:

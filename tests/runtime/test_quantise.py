@@ -148,6 +148,17 @@ def test_backends_agree_on_quantised_logits(scheme: str) -> None:
     assert error.rms < 1e-4 and error.agreement == 1.0 and abs(error.divergence) < 1e-6
 
 
+@pytest.mark.parametrize("backend", ["numpy", "torch", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_bfloat16_weights_of_a_checkpoint_that_has_them_change_nothing(backend: str) -> None:
+    """The bundled checkpoint is stored in bfloat16, and activations are not rounded."""
+    narrow, plain = tiny("bf16", backend), tiny("float32")
+    error = logit_error(narrow, plain, text()[:60])
+    assert error.largest < 2e-4 and error.agreement == 1.0
+    errors = list(weight_errors(narrow))
+    assert len(errors) > 40 and {(e.rms, e.form) for e in errors} == {(0.0, "bf16")}
+    assert weight_bytes(narrow) < 0.6 * weight_bytes(plain)  # the embedding and the norms stay
+
+
 def test_int8_repeats_most_reference_generations() -> None:
     items = json.loads((GOLDEN / "reference_generations.json").read_text(encoding="utf-8"))["items"][:10]
     llm = deltaloom.LLM("tiny-next", dtype="float32", config=CompileConfig(threads=1, quantise="int8"))

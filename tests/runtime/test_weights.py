@@ -20,9 +20,12 @@ from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.errors import CheckpointError
 from deltaloom.graph.interpret import interpret
 from deltaloom.graph.ir import Graph
+from deltaloom.graph.quantized import copy_cast
+from deltaloom.graph.types import f32
 from deltaloom.passes.driver import SHARED
+from deltaloom.passes.lift_weights import LiftWeights
 from deltaloom.passes.pipeline import Context, run_pipeline
-from deltaloom.runtime.weights import copy_cast, materialise
+from deltaloom.runtime.weights import materialise
 
 
 class Stored:
@@ -84,6 +87,42 @@ def test_a_stored_tensor_that_fits_is_used_where_it_lies() -> None:
     stored = np.ones((4, 5), np.float32)
     assert graph.weights is not None
     assert np.shares_memory(materialise(graph.weights, graph.weights.output("w"), "", Stored({"w": stored}), ()), stored)
+
+
+def narrowed(*, stacked: bool) -> Graph:
+    """A weight graph that ends in a cast to bfloat16, of one parameter or of several side by side."""
+    g = GraphBuilder("narrowed")
+    names = ("a", "b") if stacked else ("a",)
+    parts = [g.param(name, [4, 5]) for name in names]
+    w = g.cast(g.concat(*parts, axis=0) if stacked else parts[0], dtype="bfloat16", name="w")
+    g.output("y", g.linear(g.input("x", f32[2, 5]), w))
+    return run_pipeline(g.build(), SHARED, Context()).graph
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_a_weight_in_bfloat16_is_rounded_once_where_it_is_copied(stacked: bool, dtype: Any) -> None:
+    graph = narrowed(stacked=stacked)
+    assert graph.weights is not None
+    rng = np.random.default_rng(3)
+    tensors = {name: rng.standard_normal((4, 5)).astype(dtype) for name in "ab"}
+    value = graph.weights.output("w")
+    found = materialise(graph.weights, value, "", Stored(tensors), ())
+    want = np.concatenate([tensors[name] for name in ("ab" if stacked else "a")]).astype(np.float32).astype(ml_dtypes.bfloat16)
+    assert found.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found.view(np.uint16), want.view(np.uint16))
+    assert np.shares_memory(found, tensors["a"]) == (dtype == ml_dtypes.bfloat16 and not stacked)
+
+
+def test_a_weight_that_is_narrowed_and_widened_again_is_rounded() -> None:
+    g = GraphBuilder("rounded")
+    w = g.cast(g.cast(g.param("w", [4, 5]), dtype="bfloat16"), dtype="float32", name="wide")
+    g.output("y", g.linear(g.input("x", f32[2, 5]), w))
+    graph = run_pipeline(g.build(), [LiftWeights()], Context(), properties=frozenset({"canonical"})).graph
+    stored = np.full((4, 5), 1 + 2.0**-12, np.float32)
+    assert graph.weights is not None
+    found = materialise(graph.weights, graph.weights.output("wide"), "", Stored({"w": stored}), ())
+    np.testing.assert_array_equal(found, np.ones((4, 5), np.float32))
 
 
 def test_a_wrong_shape_is_named() -> None:

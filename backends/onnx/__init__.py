@@ -1,0 +1,1 @@
+"""ONNX: export of graphs as models of standard ops."""

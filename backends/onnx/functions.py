@@ -1,0 +1,129 @@
+"""The functions of a model: one for each op and what its ``onnx`` rule makes of it, shared by all nodes that need the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from deltaloom.backends.onnx.body import Body
+from deltaloom.graph.builder import GraphBuilder
+from deltaloom.graph.errors import ExportError
+from deltaloom.graph.ir import Graph, Node, Value
+from deltaloom.graph.op import Op
+from deltaloom.graph.registry import OpRegistry, ops
+from deltaloom.graph.types import TensorType
+
+DOMAIN = "deltaloom"
+"""Where the functions live, in version 1."""
+
+
+class Library:
+    """Functions made so far. ``opset`` is the version of the standard ops that bodies may use."""
+
+    def __init__(self, opset: int, registry: OpRegistry = ops) -> None:
+        self.opset = opset
+        self._registry = registry
+        self._made: dict[tuple[Op, tuple[TensorType, ...]], tuple[str, dict[str, Any], tuple[TensorType, ...]]] = {}
+        self._by_body: dict[tuple[str, bytes], str] = {}
+        self.functions: dict[str, onnx.FunctionProto] = {}
+
+    def call(self, body: Body, op: Op, names: Sequence[str]) -> tuple[str, ...]:
+        """Add a call of the function of ``op`` to ``body``, whose values ``names`` must have known types."""
+        types = tuple(body.type(name) for name in names)
+        function, attributes, results = self.function(op, types)
+        made = body.node(function, list(names), len(results), domain=DOMAIN, **attributes)
+        body.types.update(zip(made, results, strict=True))
+        body.dtypes.update(zip(made, (result.plain_dtype for result in results), strict=True))
+        return made
+
+    def function(self, op: Op, types: tuple[TensorType, ...]) -> tuple[str, dict[str, Any], tuple[TensorType, ...]]:
+        """The name of the function for ``op`` on inputs of these types, the attributes that a call gives, and the output types.
+        ``ExportError`` if neither the op nor its decomposition has a rule."""
+        key = (op, types)
+        if key not in self._made:
+            results = op.output_types(*types)
+            inputs = input_names(op, len(types))
+            known = dict(zip(inputs, types, strict=True))
+            body = Body(self, known, {name: type_.plain_dtype for name, type_ in known.items()}, attributes=op.attributes())
+            outputs = output_names(op, len(results))
+            for name in (*inputs, *outputs):
+                body.name(name)
+            given = self._build(body, op, inputs, types)
+            made = [body.Identity(value) for value in given]
+            for node, old, new in zip(body.nodes[len(body.nodes) - len(made) :], made, outputs, strict=True):
+                node.output[0] = new
+                node.name = f"give_{new}" if old else new
+            self._made[key] = (self._add(op, inputs, outputs, body), dict(body.used), results)
+        return self._made[key]
+
+    def _build(self, body: Body, op: Op, inputs: Sequence[str], types: tuple[TensorType, ...]) -> tuple[str, ...]:
+        """The names of the results, of the op's own rule or of its decomposition."""
+        if op.onnx is not None:
+            given = op.onnx(body, *inputs)
+            return given if isinstance(given, tuple) else (given,)
+        graph = decomposition(op, types, self._registry)
+        if graph is None:
+            raise ExportError(f"op {op.name} has neither an onnx rule nor a decomposition")
+        names: dict[Value, str] = dict(zip(graph.inputs, inputs, strict=True))
+        for node in graph.nodes:
+            made = self.call(body, node.op, [names[value] for value in node.inputs])
+            names.update(zip(node.outputs, made, strict=True))
+        return tuple(names[value] for _, value in graph.outputs)
+
+    def _add(self, op: Op, inputs: Sequence[str], outputs: Sequence[str], body: Body) -> str:
+        """Put the function of ``op`` into the model, under a name of its own if there is another body of that op."""
+        imports = [helper.make_opsetid("", self.opset)]
+        if any(node.domain == DOMAIN for node in body.nodes):
+            imports.append(helper.make_opsetid(DOMAIN, 1))
+        doc = (type(op).__doc__ or "").strip().splitlines()
+        made = helper.make_function(
+            DOMAIN, type(op).__name__, inputs, outputs, body.nodes, imports, list(body.used), doc_string=doc[0] if doc else ""
+        )
+        key = (made.name, made.SerializeToString(deterministic=True))
+        if key not in self._by_body:
+            count = sum(name == made.name for name, _ in self._by_body)
+            self._by_body[key] = made.name if count == 0 else f"{made.name}_{count + 1}"
+            made.name = self._by_body[key]
+            self.functions[made.name] = made
+        return self._by_body[key]
+
+
+def decomposition(op: Op, types: Sequence[TensorType], registry: OpRegistry = ops) -> Graph | None:
+    """The graph of what ``op.decompose`` builds on inputs of these types, or None where there is nothing smaller."""
+    if op.decompose is None:
+        return None
+    g = GraphBuilder(op.name, registry=registry)
+    values = [g.input(name, type_) for name, type_ in zip(input_names(op, len(types)), types, strict=True)]
+    made = op.decompose(g, *values)
+    if made is None:
+        return None
+    for name, value in zip(output_names(op, len(types)), made if isinstance(made, tuple) else (made,), strict=False):
+        g.output(name, value)
+    return g.build()
+
+
+def exportable(node: Node, registry: OpRegistry = ops) -> str | None:
+    """None if the op of ``node`` has an ``onnx`` rule, or parts that all have; else why not."""
+    op, types = node.op, tuple(value.type for value in node.inputs)
+    if op.onnx is not None:
+        return None
+    parts = decomposition(op, types, registry)
+    if parts is None:
+        return "it has neither an onnx rule nor a decomposition"
+    reasons = [(part.op.name, why) for part in parts.nodes if (why := exportable(part, registry)) is not None]
+    return f"its part {reasons[0][0]}: {reasons[0][1]}" if reasons else None
+
+
+def input_names(op: Op, count: int) -> list[str]:
+    """Names of the inputs of a function; those of a variadic op are numbered."""
+    names = list(op.input_names())
+    return names[:count] if count <= len(names) else [*names[:-1], *(f"{names[-1]}{i}" for i in range(count - len(names) + 1))]
+
+
+def output_names(op: Op, count: int) -> list[str]:
+    """Names of the outputs of a function."""
+    names = list(op.outputs)
+    return names[:count] if count <= len(names) else [f"{names[0]}{i}" for i in range(count)]
