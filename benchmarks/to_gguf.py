@@ -3,8 +3,8 @@
     python benchmarks/to_gguf.py CHECKPOINT MODEL.gguf [--dtype float32|bfloat16]
 
 Needs the package `gguf`. What llama.cpp keeps otherwise than the checkpoint: query, key and value rows of all heads before those of
-the gate z, stacked experts, `1 + w` of norms, `-exp(A_log)`. With bfloat16, vectors, the convolution and the router stay float32. The
-file has no tokenizer: token ids in, logits out.
+the gate z, stacked experts, `1 + w` of norms, `-exp(A_log)`. With bfloat16, vectors, the convolution and the router stay float32.
+The file has no tokenizer: token ids in, logits out.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The toolbox of ops' ``onnx(b, *names)`` rules: standard ONNX nodes, written like function calls.
 
 ``b.MatMul(x, w)`` adds a node and gives the name of its output; attributes are keywords. Values are names. Bodies compute in
-float32 (``b.wide``) and come back to the dtype of the op's input (``b.narrow``), as the op's definition says. Sizes of the batch, of
-tokens and of the past are read from shapes at run time (``b.size``), so that one body serves any of them.
+float32 (``b.wide``) and come back to the dtype of the op's input (``b.narrow``), as the op's definition says. Sizes of the batch,
+of tokens and of the past are read from shapes at run time (``b.size``), so that one body serves any of them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from deltaloom.cli import app
-from deltaloom.cli.roofline import duration, of
+from deltaloom.cli.output import quantity
+from deltaloom.cli.roofline import duration
 from deltaloom.passes.config import CompileConfig
 from deltaloom.runtime import device_limits
 from deltaloom.runtime.device_profile import DeviceProfile
@@ -125,5 +126,5 @@ def test_mistakes_are_sentences(capsys: pytest.CaptureFixture[str], arguments: t
 
 
 def test_numbers_are_short() -> None:
-    assert [of(x, "B") for x in (0, 999, 1000, 38.64e9, 1.46e15)] == ["0 B", "999 B", "1 kB", "38.6 GB", "1.46 PB"]
+    assert [quantity(x, "B") for x in (0, 999, 1000, 38.64e9, 1.46e15)] == ["0 B", "999 B", "1 kB", "38.6 GB", "1.46 PB"]
     assert [duration(x) for x in (2.0, 0.0115, 1.5e-6)] == ["2 s", "11.5 ms", "1.5 us"]

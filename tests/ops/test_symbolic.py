@@ -6,7 +6,7 @@ import pytest
 
 from deltaloom.graph.dims import symbol
 from deltaloom.graph.errors import GraphError
-from deltaloom.graph.types import QuantType, bf16, bool_, f8_e4m3, f32, i32, i64
+from deltaloom.graph.types import QuantType, bf16, bool_, f8_e4m3, f16, f32, i32, i64
 from deltaloom.ops.attention import Attention
 from deltaloom.ops.convolution import CausalConv1d
 from deltaloom.ops.delta_rule import GatedDeltaRule
@@ -58,7 +58,7 @@ def test_costs_are_expressions() -> None:
     ("infer", "message"),
     [
         (lambda: Linear().infer(f32[B, S, 8], f32[4, 9]), r"weight f32\[4, 9\] should be \[out, in\]: 'in' is 9, but 8 in x"),
-        (lambda: Linear().infer(f32[B, S, 8], bf16[4, 8]), r"weight is bf16\[4, 8\], expected f32 as x"),
+        (lambda: Linear().infer(f32[B, S, 8], f16[4, 8]), r"weight is f16\[4, 8\], expected f32 as x"),
         (lambda: Linear().infer(i64[B, S, 8], i64[4, 8]), r"x is i64\[batch, seq, 8\], expected f64, f32, f16 or bf16"),
         (lambda: Linear().infer(f32[4, 8], QuantType(f8_e4m3, (128, 128), f32)[4, 9]), "'in' is 9, but 8 in x"),
         (lambda: RMSNorm(eps=1e-6, zero_centred=True).infer(bf16[B, 8], bf16[8]), r"expected f32 \(lifted by one_plus\)"),

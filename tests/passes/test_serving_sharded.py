@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sharded_models import open_model, optimised
 
 from deltaloom.graph.types import f64
 from deltaloom.models.plans import shard_pass
@@ -12,7 +13,6 @@ from deltaloom.passes.serving_layout import ServingLayout
 from deltaloom.passes.specialise import SelectOutputs
 from deltaloom.runtime.lockstep import LockStep
 from deltaloom.runtime.packing import Segment, pack
-from sharded_models import open_model, optimised
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 BLOCK = 4
