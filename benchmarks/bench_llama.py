@@ -2,8 +2,8 @@
 
     python benchmarks/bench_llama.py CHECKPOINT --gguf MODEL.gguf [--prefill 128,512] [--contexts 128] [--tokens 32] [--check]
 
-Needs the package `llama-cpp-python`; the file is one of `to_gguf.py`. The figures are named in protocol.py. Prompts are random, from
-a seed. `--check` compares logits with deltaloom's on NumPy: a prompt of 130 tokens, then, one by one, the tokens that it chooses.
+Needs the package `llama-cpp-python`; the file is one of `to_gguf.py`. The figures are named in protocol.py. Prompts are random.
+`--check` compares logits with deltaloom's on NumPy: a prompt of 130 tokens, then, one by one, the tokens that it chooses.
 """
 
 import argparse
