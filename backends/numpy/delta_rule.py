@@ -137,20 +137,11 @@ def _above(chunk: int) -> Array:
     return np.triu(np.full((chunk, chunk), -np.inf, np.float32), 1)
 
 
-def _padded(x: Array, rows: int) -> Array:
-    if len(x) == rows:
-        return x
-    filled = np.zeros((rows, *x.shape[1:]), x.dtype)
-    filled[: len(x)] = x
-    return filled
-
-
 def _segment(inputs: list[Array], state: Array, out: Array, scale: float, chunk: int) -> None:
-    """Some chunks of a group of heads. ``inputs``: q, k [rows, Hk, dk], v [rows, Hv, dv], log_decay, beta [rows, Hv]; state
+    """Some whole chunks of a group of heads. ``inputs``: q, k [rows, Hk, dk], v [rows, Hv, dv], log_decay, beta [rows, Hv]; state
     [Hv, dk, dv] is updated in place; ``out`` [rows, Hv, dv]."""
-    rows, dtype = len(out), state.dtype
-    n = -(-rows // chunk)
-    q, k, v, log_decay, beta = (_padded(x, n * chunk) for x in inputs)
+    n, dtype = len(out) // chunk, state.dtype
+    q, k, v, log_decay, beta = inputs
     key_heads, key_dim = k.shape[1:]
     value_heads, value_dim = v.shape[1:]
     repeats = value_heads // key_heads
@@ -190,10 +181,7 @@ def _segment(inputs: list[Array], state: Array, out: Array, scale: float, chunk:
     answers = scores @ new_values
     answers += read[..., chunk:, :]
     by_token = answers.transpose(2, 3, 0, 1, 4)
-    if n * chunk == rows:
-        out.reshape(by_token.shape)[...] = by_token
-    else:
-        out[...] = by_token.reshape(n * chunk, value_heads, value_dim)[:rows]
+    out.reshape(by_token.shape)[...] = by_token
 
 
 def _scan(readers: Array, writers: Array, new_values: Array, grown: Array, held: Array) -> Array:

@@ -98,3 +98,12 @@ def test_a_layer_is_compiled_for_one_sequence_and_for_more(name, net, sizes):
         if net:
             assert results[2].data_ptr() == got["conv"].data_ptr() and results[3].data_ptr() == got["state"].data_ptr()
     assert inductor.compilations() == {name: 2}
+
+
+def test_the_router_chooses_among_all_experts():
+    """Each expert is the best of some token, the last one too; the gate is the column behind them."""
+    kernel = next(kernel for kernel in InductorBackend("cpu").kernels() if kernel.op == "gated_router")
+    logits = torch.cat([torch.eye(EXPERTS), torch.arange(EXPERTS)[:, None]], dim=1)[None]
+    weights, ids, gate = kernel.run(ops.get("gated_router")(k=1, normalize=True), logits)
+    assert ids[0, :, 0].tolist() == list(range(EXPERTS)) == gate[0, :, 0].tolist()
+    assert (weights == 1).all()
