@@ -220,7 +220,7 @@ def cells(row: "Row", found: "Roofline") -> list[str]:
         row.kernel,
         amount(row.work.flops),
         amount(row.work.bytes),
-        f"{row.intensity:.2f}",
+        f"{row.work.intensity:.2f}",
         row.bound,
         duration(row.floor),
     ]

@@ -21,11 +21,11 @@ COLOURS = ("#0969da", "#1a7f37", "#bf8700", "#cf222e", "#8250df", "#0550ae", "#b
 def plot(found: "Roofline") -> str:
     """One dot an op of a body: at its measured speed where there is one, otherwise hollow on the roof. Ops without operations have
     no place in it. A page may show it on light or dark paper."""
-    drawn = [row for row in found.rows if row.work.flops and row.floor and row.intensity < inf]
+    drawn = [row for row in found.rows if row.work.flops and row.floor and row.work.intensity < inf]
     profile = found.profile
     peaks = {dtype: profile.flops[dtype] for dtype in dict.fromkeys(row.dtype for row in drawn)} or dict(profile.flops)
     ridge = [peak / profile.bandwidth for peak in peaks.values()]
-    across = _decades([*(row.intensity for row in drawn), *ridge, *(4 * one for one in ridge)])
+    across = _decades([*(row.work.intensity for row in drawn), *ridge, *(4 * one for one in ridge)])
     up = _decades([*(_speed(row) for row in drawn), *peaks.values()])
     lines = [*_axes(across, up), *_roofs(peaks, profile.bandwidth, across, up)]
     for number, row in enumerate(sorted(drawn, key=lambda row: -(row.seconds or row.floor))):
@@ -83,7 +83,7 @@ def _roofs(peaks: dict[str, float], bandwidth: float, across: tuple[int, int], u
 
 
 def _dot(row: "Row", colour: str, across: tuple[int, int], up: tuple[int, int]) -> str:
-    x, y = _x(row.intensity, across), _y(_speed(row), up)
+    x, y = _x(row.work.intensity, across), _y(_speed(row), up)
     fill = colour if row.seconds else "none"
     took = f", took {row.seconds:.3g} s" if row.seconds else ""
     label = escape(f"{row.body}: {row.op}, at least {row.floor:.3g} s{took}")

@@ -60,16 +60,25 @@ class Fused(Op):
 
 
 @lru_cache(maxsize=256)
-def parts(op: Op, types: tuple[TensorType, ...]) -> Graph:
-    """The decomposition of ``op`` for inputs ``in0``, ``in1``, … of these types, with outputs ``0``, ``1``, …"""
+def decomposition(op: Op, types: tuple[TensorType, ...]) -> Graph | None:
+    """The parts of any op for inputs ``in0``, ``in1``, … of these types as a graph of its own, with outputs ``0``, ``1``, …; None
+    where it has none."""
     builder = GraphBuilder(op.name)
     values = [builder.input(f"in{position}", type_) for position, type_ in enumerate(types)]
     made = None if op.decompose is None else op.decompose(builder, *values)
     if made is None:
-        raise GraphError(f"op {op.name} has no decomposition for {', '.join(map(str, types))}")
+        return None
     for position, value in enumerate(made if isinstance(made, tuple) else (made,)):
         builder.output(str(position), value)
     return builder.build()
+
+
+def parts(op: Op, types: tuple[TensorType, ...]) -> Graph:
+    """``decomposition``, which a fused op has; ``GraphError`` where it gives none."""
+    found = decomposition(op, types)
+    if found is None:
+        raise GraphError(f"op {op.name} has no decomposition for {', '.join(map(str, types))}")
+    return found
 
 
 def _no_params(name: str) -> Any:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.ir import Call, Graph, Node, Placement, Refusal, Value
 from deltaloom.graph.rewriter import Rewriter
-from deltaloom.ops.fused import Fused
+from deltaloom.ops.fused import Fused, decomposition
 from deltaloom.passes.kernel import Kernel, kernels_for
 from deltaloom.passes.pipeline import Context, Event, Pass
 
@@ -60,7 +59,7 @@ class Assign(Pass):
             if reason is None:
                 return Placement(kernel.backend, kernel.name, tuple(refusals), kernel.layouts(node))
             refusals.append(Refusal(kernel.name, reason))
-        if decomposition(node) is not None:
+        if parts_of(node) is not None:
             why = "; ".join(map(str, refusals)) or "no backend has a kernel for it"
             ctx.events.append(Event("taken apart", node.op.name, graph_name, node.name, why))
             return None
@@ -93,7 +92,7 @@ def _override_inside(node: Node, ctx: Context) -> str | None:
     """Why ``node`` has to be taken apart: the configuration says for one of its parts, and not for itself, who runs it."""
     if not ctx.config.kernels or node.op.name in ctx.config.kernels:
         return None
-    parts = decomposition(node) if isinstance(node.op, Fused) else None
+    parts = parts_of(node) if isinstance(node.op, Fused) else None
     for part in parts.nodes if parts else ():
         if part.op.name in ctx.config.kernels:
             return f"kernels.{part.op.name} is set, and {node.op.name} contains that op; set kernels.{node.op.name} too to keep it"
@@ -108,21 +107,14 @@ def candidates(node: Node, ctx: Context) -> Iterator[Kernel]:
         yield from kernels_for(ctx.backend(name), node.op.name, first=ctx.config.use.get(f"kernels.{name}"))
 
 
-def decomposition(node: Node) -> Graph | None:
-    """The parts of a node as a graph of its own, with outputs ``0``, ``1``, …; None where its op has none."""
-    builder = GraphBuilder(node.op.name)
-    values = [builder.input(f"in{i}", value.type) for i, value in enumerate(node.inputs)]
-    results = None if node.op.decompose is None else node.op.decompose(builder, *values)
-    if results is None:
-        return None
-    for position, value in enumerate(results if isinstance(results, tuple) else (results,)):
-        builder.output(str(position), value)
-    return builder.build()
+def parts_of(node: Node) -> Graph | None:
+    """The parts of a node; None where its op has none."""
+    return decomposition(node.op, tuple(value.type for value in node.inputs))
 
 
 def _descend(rewriter: Rewriter, node: Node) -> None:
     """Put the decomposition of ``node`` in its place."""
-    parts = decomposition(node)
+    parts = parts_of(node)
     assert parts is not None
     here: dict[Value, Value] = dict(zip(parts.inputs, node.inputs, strict=True))
     for part in parts.nodes:

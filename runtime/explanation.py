@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from deltaloom.graph.ir import Graph, Node, Refusal
 from deltaloom.ops.fused import Fused
-from deltaloom.passes.assign import decomposition
+from deltaloom.passes.assign import parts_of
 from deltaloom.passes.driver import AnyVariant, Driver
 from deltaloom.passes.emit import Program
 from deltaloom.passes.kernel import CountsCompilations
@@ -135,4 +135,4 @@ def rule_counts(events: Iterable[Event]) -> Iterator[RuleCount]:
 
 def unfolded(node: Node) -> Graph | None:
     """What a fused node stands for, as a graph of its parts; None for one that is not fused."""
-    return decomposition(node) if isinstance(node.op, Fused) else None
+    return parts_of(node) if isinstance(node.op, Fused) else None

@@ -1,4 +1,4 @@
-"""Composition: a checkpoint or a graph becomes ONNX files (``deltaloom.export_onnx``)."""
+"""Composition: a checkpoint becomes an ONNX model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltaloom import __version__
 from deltaloom.backends.onnx.functions import Library
 from deltaloom.backends.onnx.model import ModelBuilder, Weight, portable_names
 from deltaloom.backends.onnx.weights import WeightMode, initializers
-from deltaloom.graph.errors import ExportError
+from deltaloom.graph.errors import ExportError, require
 from deltaloom.graph.ir import Graph
 from deltaloom.graph.op import Array
 from deltaloom.graph.quantized import QuantizedArray
@@ -48,6 +48,7 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        self.files = {checkpoint.info(name).file.resolve() for name in checkpoint.names()}
 
     def stored(self, weight: Weight) -> TensorInfo | None:
         """Where the tensor lies that the weight is."""
@@ -71,12 +72,17 @@ def export_onnx(
     outputs: Sequence[str] = ("logits",),
     weights: WeightMode = "auto",
 ) -> ExportResult:
-    """Write a model as ONNX; one graph serves prefill, chunks and decode, with every state an input and an output."""
+    """Write a model in float32 as ONNX; one graph serves prefill, chunks and decode, with every state an input and an output.
+
+    ``outputs``: names of the layer graph's outputs. ``weights``: "reference" leaves them in the checkpoint's files, which then have
+    to lie in the model's folder; "copy" writes them beside the model; "inline" puts them into it; "none" makes them inputs; "auto"
+    refers to them where that can be, else copies. Raises ``ExportError`` and whatever a checkpoint is refused for; a file that was
+    not finished is not left behind."""
     folder, target = model_folder(model), Path(path)
     shape = read_config(folder)
-    checkpoint = Checkpoint.open(folder)
-    graph = build_graph(shape, names=checkpoint.names()).main
-    return write_graph(prepared(graph, outputs), target, CheckpointWeights(checkpoint), weights)
+    with Checkpoint.open(folder) as checkpoint:
+        graph = build_graph(shape, names=checkpoint.names()).main
+        return write_graph(prepared(graph, outputs), target, CheckpointWeights(checkpoint), weights)
 
 
 def prepared(graph: Graph, outputs: Sequence[str]) -> Graph:
@@ -85,21 +91,25 @@ def prepared(graph: Graph, outputs: Sequence[str]) -> Graph:
     return run_pipeline(graph, [make_pass("canonicalise"), make_pass("lift_weights"), select], Context()).graph
 
 
-def write_graph(graph: Graph, target: Path, source: CheckpointWeights | None, mode: WeightMode) -> ExportResult:
-    """Build everything, then write all files, each under a temporary name first."""
+def write_graph(graph: Graph, target: Path, source: CheckpointWeights, mode: WeightMode) -> ExportResult:
+    """Build everything, then write all files, each under a temporary name first. What no file of the checkpoint holds as it is
+    needed goes to ``NAME.derived.safetensors`` beside ``NAME.onnx``."""
+    extra = target.with_name(f"{target.stem}.derived.safetensors")
+    for file in (target, extra):
+        require(file.resolve() not in source.files, f"{file} is a file of the checkpoint; give the model another name", ExportError)
     library = Library(OPSET)
     model = ModelBuilder(graph, library, portable_names).build()
-    made = initializers(model.weights, source, mode, target.parent, f"{target.stem}.safetensors")
+    made = initializers(model.weights, source, mode, target.parent, extra.name)
     model.inputs += made.inputs
     proto = model.proto(graph.name, OPSET, __version__, made.tensors, made.casts)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
             here = Path(scratch)
-            made.write(here / made.extra)
+            made.write(here / extra.name)
             (here / target.name).write_bytes(proto.SerializeToString())
             if made.written:
-                os.replace(here / made.extra, target.parent / made.extra)
+                os.replace(here / extra.name, extra)
             os.replace(here / target.name, target)
     except OSError as problem:
         raise ExportError(f"{target} cannot be written: {problem.strerror}") from problem

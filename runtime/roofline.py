@@ -10,7 +10,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from time import perf_counter
 from typing import Any, Literal
 
@@ -86,11 +85,6 @@ class Row:
     def ratio(self) -> float | None:
         """Measured over predicted; None where one of them is missing."""
         return None if self.seconds is None or not self.floor else self.seconds / self.floor
-
-    @property
-    def intensity(self) -> float:
-        """Operations a byte."""
-        return self.work.flops / self.work.bytes if self.work.bytes else inf if self.work.flops else 0.0
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,6 @@ ELEMENTS: dict[DType, int] = {
 class Caller(Protocol):
     """Who knows the functions of a model."""
 
-    opset: int
-
     def call(self, body: Body, op: Op, names: Sequence[str]) -> tuple[str, ...]:
         """Add a call of the function of ``op`` to ``body``; the names of its outputs."""
 
@@ -65,11 +63,6 @@ class Body:
     used: dict[str, Any] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
     _constants: dict[tuple[Any, ...], str] = field(default_factory=dict)
-
-    @property
-    def opset(self) -> int:
-        """The version of the standard ops that may be used."""
-        return self.library.opset
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         if not op_type[:1].isupper():

@@ -9,12 +9,11 @@ import onnx
 from onnx import helper
 
 from deltaloom.backends.onnx.body import Body
-from deltaloom.graph.builder import GraphBuilder
 from deltaloom.graph.errors import ExportError
-from deltaloom.graph.ir import Graph, Node, Value
+from deltaloom.graph.ir import Value
 from deltaloom.graph.op import Op
-from deltaloom.graph.registry import OpRegistry, ops
 from deltaloom.graph.types import TensorType
+from deltaloom.ops.fused import decomposition
 
 DOMAIN = "deltaloom"
 """Where the functions live, in version 1."""
@@ -23,9 +22,8 @@ DOMAIN = "deltaloom"
 class Library:
     """Functions made so far. ``opset`` is the version of the standard ops that bodies may use."""
 
-    def __init__(self, opset: int, registry: OpRegistry = ops) -> None:
+    def __init__(self, opset: int) -> None:
         self.opset = opset
-        self._registry = registry
         self._made: dict[tuple[Op, tuple[TensorType, ...]], tuple[str, dict[str, Any], tuple[TensorType, ...]]] = {}
         self._by_body: dict[tuple[str, bytes], str] = {}
         self.functions: dict[str, onnx.FunctionProto] = {}
@@ -53,9 +51,8 @@ class Library:
                 body.name(name)
             given = self._build(body, op, inputs, types)
             made = [body.Identity(value) for value in given]
-            for node, old, new in zip(body.nodes[len(body.nodes) - len(made) :], made, outputs, strict=True):
-                node.output[0] = new
-                node.name = f"give_{new}" if old else new
+            for node, new in zip(body.nodes[len(body.nodes) - len(made) :], outputs, strict=True):
+                node.output[0], node.name = new, f"give_{new}"
             self._made[key] = (self._add(op, inputs, outputs, body), dict(body.used), results)
         return self._made[key]
 
@@ -64,7 +61,7 @@ class Library:
         if op.onnx is not None:
             given = op.onnx(body, *inputs)
             return given if isinstance(given, tuple) else (given,)
-        graph = decomposition(op, types, self._registry)
+        graph = decomposition(op, types)
         if graph is None:
             raise ExportError(f"op {op.name} has neither an onnx rule nor a decomposition")
         names: dict[Value, str] = dict(zip(graph.inputs, inputs, strict=True))
@@ -89,32 +86,6 @@ class Library:
             made.name = self._by_body[key]
             self.functions[made.name] = made
         return self._by_body[key]
-
-
-def decomposition(op: Op, types: Sequence[TensorType], registry: OpRegistry = ops) -> Graph | None:
-    """The graph of what ``op.decompose`` builds on inputs of these types, or None where there is nothing smaller."""
-    if op.decompose is None:
-        return None
-    g = GraphBuilder(op.name, registry=registry)
-    values = [g.input(name, type_) for name, type_ in zip(input_names(op, len(types)), types, strict=True)]
-    made = op.decompose(g, *values)
-    if made is None:
-        return None
-    for name, value in zip(output_names(op, len(types)), made if isinstance(made, tuple) else (made,), strict=False):
-        g.output(name, value)
-    return g.build()
-
-
-def exportable(node: Node, registry: OpRegistry = ops) -> str | None:
-    """None if the op of ``node`` has an ``onnx`` rule, or parts that all have; else why not."""
-    op, types = node.op, tuple(value.type for value in node.inputs)
-    if op.onnx is not None:
-        return None
-    parts = decomposition(op, types, registry)
-    if parts is None:
-        return "it has neither an onnx rule nor a decomposition"
-    reasons = [(part.op.name, why) for part in parts.nodes if (why := exportable(part, registry)) is not None]
-    return f"its part {reasons[0][0]}: {reasons[0][1]}" if reasons else None
 
 
 def input_names(op: Op, count: int) -> list[str]:

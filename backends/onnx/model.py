@@ -127,7 +127,7 @@ class ModelBuilder:
     def _node(self, prefix: str, op: Op, types: Sequence[TensorType], given: Sequence[str], made: Sequence[Value]) -> list[str]:
         function, attributes, _ = self._library.function(op, tuple(types))
         names = [self._body.name(prefix + value.name) for value in made]
-        scope = "/" + names[0].replace(".", "/") if not names[0].startswith("/") else names[0]
+        scope = "/" + names[0].replace(".", "/")
         self._body.nodes.append(helper.make_node(function, list(given), names, name=scope, domain=DOMAIN, **attributes))
         return names
 

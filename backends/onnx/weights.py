@@ -96,20 +96,14 @@ class Initializers:
         return len(text).to_bytes(8, "little") + text
 
 
-def initializers(
-    weights: Sequence[Weight], source: WeightSource | None, mode: WeightMode, folder: Path, extra: str
-) -> Initializers:
+def initializers(weights: Sequence[Weight], source: WeightSource, mode: WeightMode, folder: Path, extra: str) -> Initializers:
     """What ``weights`` become in a model in ``folder``. ``ExportError`` before anything is written, with every file that cannot be
     referred to, and for weights that are too large to lie inline."""
+    require(mode in MODES, f"weights is {mode!r}, expected {', '.join(MODES)}", ExportError)
     made = Initializers(mode, extra)
-    if mode == "none" or source is None:
-        require(
-            mode in ("none", "auto"),
-            f"weights='{mode}' needs a checkpoint; this graph has none, so export with weights='none'",
-            ExportError,
-        )
-        for weight in weights:
-            made.inputs.append(helper.make_tensor_value_info(weight.name, ELEMENTS[_dtype(weight)], list(_shape(weight))))
+    if mode == "none":
+        infos = (helper.make_tensor_value_info(w.name, ELEMENTS[_dtype(w)], list(_shape(w))) for w in weights)
+        made.inputs.extend(infos)
         return made
     stored = {weight.name: source.stored(weight) for weight in weights}
     if mode in ("auto", "reference"):

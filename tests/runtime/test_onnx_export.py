@@ -1,5 +1,6 @@
 """A model as ONNX in ONNX Runtime: one graph for whole prompts, chunks, single tokens and left padding gives NumPy's logits."""
 
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 import deltaloom  # noqa: E402
 from deltaloom.graph.errors import ExportError  # noqa: E402
+from deltaloom.models.bundled import model_folder  # noqa: E402
 from deltaloom.runtime.onnx_export import export_onnx  # noqa: E402
 
 CLOSE = 3e-4
@@ -29,7 +31,11 @@ def session(tmp_path_factory):
     result = export_onnx("tiny-next", path)
     assert result.weights == "copy" and (result.opset, result.ir_version) == (21, 10)
     onnx.checker.check_model(path, full_check=True)
-    assert sorted(file.name for file in path.parent.iterdir()) == ["tiny.onnx", "tiny.safetensors"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["tiny.derived.safetensors", "tiny.onnx"]
+    return opened(path)
+
+
+def opened(path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -80,3 +86,50 @@ def test_weights_elsewhere_are_refused_and_nothing_is_written(tmp_path: Path):
     ):
         export_onnx("tiny-next", tmp_path / "tiny.onnx", weights="reference")
     assert not list(tmp_path.iterdir())
+
+
+def whole_logits(session):
+    return step(session, ids(), np.ones((BATCH, 23), np.int64), start(session))[0]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return Path(shutil.copytree(model_folder("tiny-next"), tmp_path / "tiny"))
+
+
+def test_in_the_checkpoints_folder_its_own_files_are_referred_to_and_stay_as_they_are(session, checkpoint):
+    """Called like the checkpoint's file: what is written beside the model must not take that file's place."""
+    before = (checkpoint / "model.safetensors").read_bytes()
+    result = export_onnx(checkpoint, checkpoint / "model.onnx")
+    assert result.weights == "reference" and (checkpoint / "model.safetensors").read_bytes() == before
+    assert (checkpoint / "model.derived.safetensors").exists()
+    assert "lm_head.weight" not in result.extra and "model.norm.one_plus" in result.extra
+    onnx.checker.check_model(checkpoint / "model.onnx", full_check=True)
+    np.testing.assert_array_equal(whole_logits(opened(checkpoint / "model.onnx")), whole_logits(session))
+
+
+def test_inline_weights_need_no_other_file(session, tmp_path):
+    result = export_onnx("tiny-next", tmp_path / "tiny.onnx", weights="inline")
+    assert result.weights == "inline" and [file.name for file in tmp_path.iterdir()] == ["tiny.onnx"]
+    np.testing.assert_array_equal(whole_logits(opened(tmp_path / "tiny.onnx")), whole_logits(session))
+
+
+def test_weights_can_be_inputs(session, tmp_path):
+    result = export_onnx("tiny-next", tmp_path / "tiny.onnx", weights="none")
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.onnx"]
+    more = set(result.inputs) - {given.name for given in session.get_inputs()}
+    assert "lm_head.weight" in more and "model.layers.0.linear_attn.conv1d.weight" in more
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("model.safetensors", "auto", "model.safetensors is a file of the checkpoint; give the model another name"),
+        ("model.onnx", "everywhere", "weights is 'everywhere', expected auto, reference, copy, inline, none"),
+    ],
+)
+def test_requests_that_cannot_be_met_leave_the_folder_alone(checkpoint, name, weights, message):
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    with pytest.raises(ExportError, match=message):
+        export_onnx(checkpoint, checkpoint / name, weights=weights)
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before

@@ -129,6 +129,6 @@ def test_what_does_not_fit_is_refused(tiny: Model) -> None:
 
 def test_a_row_without_bytes_has_no_finite_intensity() -> None:
     (row, *_) = predict(deltaloom.compile(deltaloom.build_graph("tiny-next").main).program("decode").graph, DECODE, PROFILE).rows
-    assert replace(row, work=Work(1, 0)).intensity == float("inf")
-    assert replace(row, work=Work(0, 0)).intensity == 0
-    assert replace(row, work=Work(6, 3)).intensity == 2
+    assert replace(row, work=Work(1, 0)).work.intensity == float("inf")
+    assert replace(row, work=Work(0, 0)).work.intensity == 0
+    assert replace(row, work=Work(6, 3)).work.intensity == 2

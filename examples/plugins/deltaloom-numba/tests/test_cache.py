@@ -28,7 +28,8 @@ def start(cache: Path | str, **environment: str) -> tuple[str, str]:
 def test_the_second_start_compiles_nothing_and_a_torn_file_is_compiled_again(tmp_path: Path) -> None:
     assert start(tmp_path) == ("hits 0 setting ''", "")
     folder = tmp_path / "deltaloom" / "numba"
-    assert folder.stat().st_mode & 0o777 == 0o700
+    for private in (folder, folder.parent):
+        assert private.stat().st_mode & 0o777 == 0o700
     indices = sorted(folder.rglob("*.nbi"))
     assert {path.name.split("-")[0] for path in indices} >= {"loops.multiply_rows", "loops.widen", "loops.delta_net_step"}
     assert start(tmp_path) == (f"hits {len(indices)} setting ''", "")

@@ -77,7 +77,9 @@ def private_folder() -> Path | None:
     """The folder for machine code, made if it is missing; None, with a warning, where there can be none."""
     folder = default_folder() / "numba"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # One by one: what mkdir makes on the way has the usual mode, and deltaloom refuses a cache that is open to others.
+        for one in (folder.parent, folder):
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
         fault = folder_fault(folder)
         if fault is None:
             with tempfile.TemporaryFile(dir=folder):
