@@ -22,6 +22,7 @@ from deltaloom.passes.emit import Program, WeightSlot
 from deltaloom.passes.kernel import Backend
 from deltaloom.passes.memory import MemoryNeeds, MemoryPlan, returned
 from deltaloom.runtime.state import prompt_room, room
+from deltaloom.runtime.weights import narrows
 
 StoredDType = Callable[[str], np.dtype[np.generic]]
 """The dtype of a checkpoint's tensor by its full name."""
@@ -145,7 +146,7 @@ def is_mapped(graph: Graph, slot: WeightSlot, prefix: str, stored: StoredDType) 
     while value.kind != "param":
         node = graph.weights.producers[value.name]
         rows = node.op.name == "split" and node.op.attributes()["axis"] == 0
-        if node.op.name != "reshape" and not rows:
+        if node.op.name != "reshape" and not rows and not narrows(node):
             return False
         value = node.inputs[0]
     dtype = value.type.dtype

@@ -94,7 +94,7 @@ class _Evaluation:
         if value.kind == "param":
             return None if isinstance(value.type.dtype, QuantType) else self._read(value)
         node = self._weights.producers[value.name]
-        if _narrows(node):
+        if narrows(node):
             stored = self.view(node.inputs[0])
             return stored if stored is not None and stored.dtype == value.type.plain_dtype.numpy else None
         if node.op.name not in VIEWS:
@@ -178,7 +178,7 @@ class _Evaluation:
         if node.op.name == "stack":
             for part, item in zip(out, node.inputs, strict=True):
                 self.write(item, part)
-        elif _narrows(node) and self._moved(node.inputs[0]):
+        elif narrows(node) and self._moved(node.inputs[0]):
             self.write(node.inputs[0], out)
         elif node.op.name == "concat":
             axis, start = int(node.op.axis), 0  # type: ignore[attr-defined]
@@ -225,7 +225,7 @@ def in_file(array: Array) -> bool:
     return isinstance(base.obj if isinstance(base, memoryview) else base, mmap)
 
 
-def _narrows(node: Node) -> bool:
+def narrows(node: Node) -> bool:
     """Whether a node casts to a narrower dtype, which may as well be done to the stored numbers."""
     return node.op.name == "cast" and node.outputs[0].type.plain_dtype.itemsize < node.inputs[0].type.plain_dtype.itemsize
 

@@ -120,6 +120,13 @@ def test_a_prefill_keeps_no_value_longer_than_needed() -> None:
     assert "del " not in decode.source
 
 
+def test_weights_stored_in_the_form_that_is_asked_for_stay_in_the_file() -> None:
+    model = deltaloom.load("tiny-next", config=CompileConfig(threads=1, quantise="bf16"))
+    expected = planned("tiny-next", model, 1, 4)
+    assert (model.main.store.held, model.main.store.mapped) == (expected.held, expected.mapped)
+    assert expected.mapped > 0
+
+
 def test_impossible_sizes_are_refused() -> None:
     model = deltaloom.load("tiny-next")
     with pytest.raises(RequestError, match="batch is 0, expected at least 1"):
