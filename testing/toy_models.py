@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from hypothesis import assume
 
 from deltaloom.graph.interpret import interpret
 from deltaloom.graph.ir import Graph
@@ -14,6 +15,7 @@ from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import DType, TensorType
 from deltaloom.models.build import build_graph
 from deltaloom.models.config import read_config
+from deltaloom.ops.moe import RouterTopK
 from deltaloom.runtime.executor import positions
 
 HYBRID: Mapping[str, object] = {
@@ -44,6 +46,10 @@ DENSE: Mapping[str, object] = {**HYBRID, "mlp_only_layers": [0, 1, 2]}
 """The same without experts: no choice among them can turn on the last bit of a narrow dtype."""
 
 
+NEAR_TIE = 1e-4
+"""Router logits, of order 1, that are closer than this may be ranked otherwise by float32, whose sums err by about 1e-6."""
+
+
 def toy_graph(config: Mapping[str, object], dtype: DType) -> Graph:
     """The main graph of a config.json that computes in ``dtype``."""
     return build_graph(read_config(config), dtype=dtype, names=()).main
@@ -67,7 +73,8 @@ def _weight(rng: np.random.Generator, type_: TensorType) -> Array:
 
 class Oracle:
     """A graph run by the interpreter, call after call: ``dtype`` of the graph decides whether it is the truth (float64) or the
-    truth as rounded in that dtype."""
+    truth as rounded in that dtype. A case in which experts are chosen by less than ``NEAR_TIE`` says nothing about a
+    backend, as another choice is another function: it is not accepted (``hypothesis.assume``)."""
 
     def __init__(self, graph: Graph, weights: Mapping[str, Array], batch: int) -> None:
         self.graph = graph
@@ -80,6 +87,7 @@ class Oracle:
         }
         self._batch = batch
         self._valid = np.ones((batch, 0), bool)
+        self._routers = _routers(graph)
 
     def run(self, ids: Array, valid: Array | None = None) -> dict[str, Array]:
         """The outputs for new tokens ``ids`` [batch, n]; ``valid`` [batch, n] is False for padding."""
@@ -88,9 +96,26 @@ class Oracle:
         self._valid = np.concatenate([self._valid, new], axis=1)
         given = {"token_ids": ids, "positions": positions(self._valid, self._batch, length, count), "valid": self._valid}
         inputs = {value.name: given[value.name] for value in self.graph.inputs}
-        results = interpret(self.graph, inputs, self._weights.__getitem__, self.states)
+        results = interpret(self.graph, inputs, self._weights.__getitem__, self.states, observe=self._decided)
         self.states = results.states
         return results.outputs
+
+    def _decided(self, name: str, array: Array) -> None:
+        """Accept the case only where the experts that are chosen by the logits ``name`` are clearly the best."""
+        chosen = self._routers.get(name, 0)
+        if 0 < chosen < array.shape[-1]:
+            ranked = -np.sort(-array, axis=-1)
+            assume(bool((ranked[..., chosen - 1] - ranked[..., chosen] > NEAR_TIE).all()))
+
+
+def _routers(graph: Graph) -> dict[str, int]:
+    """Full name of router logits -> how many experts are chosen by them."""
+    return {
+        one.prefix + node.inputs[0].name: node.op.k
+        for one in graph.instances()
+        for node in one.graph.nodes
+        if isinstance(node.op, RouterTopK)
+    }
 
 
 def same_numbers(array: Array | QuantizedArray, other: Array | QuantizedArray) -> bool:
