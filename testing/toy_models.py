@@ -45,9 +45,9 @@ HYBRID: Mapping[str, object] = {
 DENSE: Mapping[str, object] = {**HYBRID, "mlp_only_layers": [0, 1, 2]}
 """The same without experts: no choice among them can turn on the last bit of a narrow dtype."""
 
-
 NEAR_TIE = 1e-4
-"""Router logits, of order 1, that are closer than this may be ranked otherwise by float32, whose sums err by about 1e-6."""
+"""Router logits that are closer than this may be ranked otherwise in float32: those of ``HYBRID`` are up to 5, and the interpreter
+in float32 was seen up to 2e-5 from float64 (200 seeds, 9 tokens each)."""
 
 
 def toy_graph(config: Mapping[str, object], dtype: DType) -> Graph:
