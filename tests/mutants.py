@@ -126,6 +126,7 @@ def stages_of(source: Source) -> list[Stage]:
     return [
         ("tests/conformance/test_ops.py", *own, "-k", near),
         (*own, "-k", f"not ({near})"),
+        (f"tests/conformance/test_{folder}_backend.py",),
         (golden, "-k", f"{folder} and ({cases})"),
     ]
 

@@ -5,7 +5,8 @@ The population: statements in function bodies of a file, and the ``when=`` guard
 one) and raise statements; f-strings; signs of literals (-1 becomes -2, not the equal axis 1 of a matrix); the use of
 module-level constants that are numbers (uppercase: block sizes and thread cut-offs, which change the speed and not the result) in
 a quotient or a comparison, with the whole condition that this is part of, and so an ``if`` that chooses a faster way (what
-is inside it is not left out).
+is inside it is not left out). An ``if`` that returns from the case of one (one token, one row, one divisor) is such a faster way
+too: neither it nor its ``return`` is deleted, as the rest computes the same; its condition and what is inside it are perturbed.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ class Source:
             if isinstance(decorator, ast.Call) and (guards := list(self._guards(decorator))):
                 yield guards, []
         bound: set[str] = set()
+        faster = [s for s in ast.walk(function) if isinstance(s, ast.If) and (self._is_tuning(s.test) or _is_case_of_one(s))]
+        last = [s.body[-1] for s in faster if isinstance(s.body[-1], ast.Return)]
         for statement in _statements(function.body):
             if isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Expr | ast.Return):
                 part: ast.AST | None = statement
@@ -93,7 +96,7 @@ class Source:
             needed = bool(targets) and all(isinstance(t, ast.Name | ast.Tuple) for t in targets) and not names <= bound
             bound |= names
             deleted = []
-            cut_off = isinstance(statement, ast.If) and self._is_tuning(statement.test)
+            cut_off = statement in faster or statement in last
             if not cut_off and not isinstance(statement, ast.With | ast.Try) and not self._text(statement).startswith("elif"):
                 deleted = [self._mutant(statement, "delete", "pass")]
             if perturbed or deleted:
@@ -185,6 +188,16 @@ def _calls(node: ast.Call) -> list[ast.expr | str]:
         if name not in COMMUTATIVE and not starred and ast.unparse(a) != ast.unparse(b):
             found.append(ast.unparse(ast.Call(node.func, [*node.args[:i], b, a, *node.args[i + 2 :]], node.keywords)))
     return found
+
+
+def _is_case_of_one(branch: ast.If) -> bool:
+    """Whether a branch without an ``else`` returns from the case in which a size is 1, or equals the size of one row."""
+    test = branch.test
+    if branch.orelse or not isinstance(branch.body[-1], ast.Return) or not isinstance(test, ast.Compare):
+        return False
+    right = ast.unparse(test.comparators[0])
+    one_row = ast.unparse(test.left).endswith(".size") and right.endswith(".shape[-1]")
+    return isinstance(test.ops[0], ast.Eq) and (right == "1" or one_row)
 
 
 def _mentions(node: ast.AST, kinds: tuple[type[ast.AST], ...]) -> bool:

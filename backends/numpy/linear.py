@@ -26,6 +26,9 @@ STREAM = 3 << 20
 WORK = 1 << 23
 """Multiply-adds from which more rows are worth two threads (130 us of one core)."""
 
+WIDE = 1024
+"""Output columns a thread from which its part is cut in two."""
+
 
 def product(x: Array, weight: Array, out: Array) -> None:
     """``out[rows, o] = x[rows, i] @ weight[i, o]`` on the caller's thread; ``weight`` may be a transposed view."""
@@ -44,7 +47,7 @@ def shared_product(x: Array, weight: Array, out: Array) -> None:
         product(x, weight, out)
         return
     # Two parts a thread where they are wide: when another program takes one of the cores, the other thread does more.
-    count = team.n * (2 if columns >= 1024 * team.n else 1)
+    count = team.n * (2 if columns >= WIDE * team.n else 1)
     team.map(lambda part: product(x, weight[:, part], out[:, part]), slices(columns, count, 16))
 
 

@@ -182,11 +182,11 @@ def moe_experts(
     sums = result.reshape(rows.shape)
     if len(rows) == 1:
         _one_token(sums, rows, factors[0], chosen[0], gate_up, down, scratch)
-        return result
-    step = len(rows) if scratch else max(1, RESULTS // (k * hidden))
-    for at in range(0, len(rows), step):
-        part = slice(at, at + step)
-        _tokens(sums[part], rows[part], factors[part], chosen[part], gate_up, down, scratch)
+    else:
+        step = len(rows) if scratch else max(1, RESULTS // (k * hidden))
+        for at in range(0, len(rows), step):
+            part = slice(at, at + step)
+            _tokens(sums[part], rows[part], factors[part], chosen[part], gate_up, down, scratch)
     return result
 
 

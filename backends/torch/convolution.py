@@ -27,8 +27,7 @@ def causal_conv1d(
         y = step(x, weight, state)
         return (silu(y, inplace=True) if op.activation == "silu" else y), state
     rows = torch.cat((state.transpose(1, 2), x), 1)
-    if taps > 1:
-        state.copy_(rows[:, seq:].transpose(1, 2))
+    state.copy_(rows[:, seq:].transpose(1, 2))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = max(1, BLOCK // (x.shape[0] * x.shape[2]))
     for start in range(0, seq, block):

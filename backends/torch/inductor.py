@@ -109,7 +109,7 @@ class CompiledFunction:
             with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 return self._run(*marked)
         except (TorchDynamoException, InductorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CompileError(f"torch.compile cannot compile '{self._name}' (torch {torch.__version__}): {reason}") from error
         finally:
             for position, _ in axes:

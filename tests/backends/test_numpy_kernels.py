@@ -15,7 +15,7 @@ from deltaloom.graph.op import Op
 from deltaloom.graph.registry import ops
 from deltaloom.graph.types import f32, f64
 from deltaloom.passes.kernel import Appended, Kernel
-from deltaloom.testing.draw import CaseDraw
+from deltaloom.testing.draw import CaseDraw, SeededDraw
 from deltaloom.testing.evaluate import as_tuple, concrete, draw_case, in_float64, reference, type_of
 from deltaloom.testing.measure import assert_close
 
@@ -104,6 +104,11 @@ LARGE = {
     "gated_rms_norm": lambda: ("gated_rms_norm", {"eps": 1e-6}, [normal(2, 300, 7, 32), normal(2, 300, 7, 32), normal(32)]),
     "l2_norm": lambda: ("l2_norm", {}, [normal(2, 300, 7, 32)]),
     "conv": lambda: ("causal_conv1d", {"activation": "silu"}, [normal(2, 150, 700), normal(700, 1, 4), normal(2, 700, 3)]),
+    "q/k/v, norm, rope": lambda: (
+        "qkv_norm_rope",
+        {"heads": 4, "kv_heads": 2, "gated": True, "eps": 1e-6},
+        [normal(2, 70, 12 * 48), normal(48), normal(48), normal(2, 70, 8), normal(2, 70, 8)],
+    ),
     "router": lambda: ("router_topk", {"k": 8, "normalize": True}, [normal(2, 40, 130)]),
     "router, one row": lambda: ("router_topk", {"k": 8, "normalize": False}, [normal(1, 1, 130)]),
 }
@@ -114,6 +119,26 @@ def test_sizes_that_are_cut_into_blocks(name):
     op, attributes, arrays = LARGE[name]()
     ran = [agree(k, ops.get(op)(**attributes), tuple(arrays)) for k in KERNELS if k.op == op]
     assert any(ran)
+
+
+def test_tokens_with_slots_of_their_own_are_computed_in_them(monkeypatch):
+    """As only large states are; of several sequences, of which some share a slot, and so are not."""
+    from deltaloom.backends.numpy import serving
+
+    found: dict[str, list[bool]] = {}
+    own_slots = serving._own_slots
+    monkeypatch.setattr(serving, "IN_PLACE", 0)
+    for kernel in (k for k in KERNELS if "write_slots" in ops.get(k.op).input_names()):
+        taken = found.setdefault(kernel.op, [])
+        monkeypatch.setattr(serving, "_own_slots", lambda *a, taken=taken: taken.append(own_slots(*a)) or taken[-1])
+        for seed in range(60):
+            case = ops.get(kernel.op).cases(SeededDraw(seed))
+            given = dict(zip(case.op.input_names(), concrete(case, f32)))
+            agree(kernel, case.op, tuple(given.values()))
+            reads = given["read_slots"]
+            if len(reads) == len(given["write_slots"]) and len(set(reads)) == len(reads):
+                agree(kernel, case.op, tuple((given | {"write_slots": reads}).values()))
+    assert found and all(set(taken) == {False, True} for taken in found.values()), found
 
 
 def experts_case(tokens, experts, k, hidden, inner):

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -53,6 +54,25 @@ def test_an_error_reaches_the_caller_and_the_pool_survives(n):
     seen: list[int] = []
     pool.map(seen.append, range(4))
     assert sorted(seen) == [0, 1, 2, 3]
+
+
+def test_what_was_run_is_let_go():
+    """A worker that kept its last task would keep the arrays in it."""
+
+    class Item:
+        pass
+
+    items = [Item(), Item()]
+    kept = [weakref.ref(item) for item in items]
+    barrier = threading.Barrier(2, timeout=20)
+    pool = Pool(2)
+    pool.map(lambda item: (barrier.wait(), item)[0], items)
+    del items
+    for _ in range(100):
+        if not any(ref() for ref in kept):
+            break
+        time.sleep(0.01)
+    assert not any(ref() for ref in kept)
 
 
 def test_an_error_of_a_worker_reaches_the_caller():
