@@ -17,11 +17,13 @@ TABLE: dict[str, str] = {
     "numpy": "deltaloom.backends.numpy.backend:NumpyBackend",
     "torch": "deltaloom.backends.torch.backend:TorchBackend",
     "inductor": "deltaloom.backends.torch.inductor:InductorBackend",
+    "cuda": "deltaloom.backends.cuda.backend:CudaBackend",
+    "onnx": "deltaloom.backends.onnx.backend:OnnxBackend",
 }
 """Name -> "module:Class" of the built-in backends; the class is called with ``device`` and ``threads``."""
 
-NEEDS: dict[str, str] = {"torch": "torch", "inductor": "torch"}
-"""Name -> the package that has to be installed for it."""
+NEEDS: dict[str, tuple[str, ...]] = {"torch": ("torch",), "inductor": ("torch",), "cuda": ("torch", "triton"), "onnx": ("onnx", "onnxruntime")}
+"""Name -> the packages that have to be installed for it; the first is called like the extra that brings them."""
 
 
 def backend(name: str, *, device: str | None = None, threads: int | None = None, use: Mapping[str, str] | None = None) -> Backend:
@@ -34,12 +36,13 @@ def backend(name: str, *, device: str | None = None, threads: int | None = None,
         return made
     if name not in TABLE:
         raise CompileError(unknown(name))
-    package = NEEDS.get(name)
-    if package is not None and find_spec(package) is None:
-        raise CompileError(
-            f"the backend '{name}' needs the package {package}, which is not installed; install it with "
-            f"`pip install 'deltaloom[{package}]'`, or use --backend numpy"
-        )
+    needed = NEEDS.get(name, ())
+    for package in needed:
+        if find_spec(package) is None:
+            raise CompileError(
+                f"the backend '{name}' needs the package {package}, which is not installed; install it with "
+                f"`pip install 'deltaloom[{needed[0]}]'`, or use --backend numpy"
+            )
     module, _, attribute = TABLE[name].partition(":")
     try:
         found = getattr(import_module(module), attribute)

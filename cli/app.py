@@ -14,15 +14,19 @@ from typing import TextIO
 import typer
 
 from deltaloom import __version__
+from deltaloom.cli.bisect import bisect
 from deltaloom.cli.chat import chat
+from deltaloom.cli.compare import compare
 from deltaloom.cli.diff import diff
 from deltaloom.cli.doctor import doctor
 from deltaloom.cli.explain import explain
+from deltaloom.cli.export import export
 from deltaloom.cli.generate import generate
 from deltaloom.cli.inspect import inspect
 from deltaloom.cli.memory import memory
 from deltaloom.cli.ops import ops
 from deltaloom.cli.plugins import plugins
+from deltaloom.cli.repro import repro
 from deltaloom.cli.roofline import roofline
 from deltaloom.cli.source import source
 from deltaloom.graph.errors import DeltaloomError
@@ -39,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 120},
 )
-for function in (generate, chat, inspect, explain, diff, source, ops, doctor, roofline, memory):
+for function in (generate, chat, inspect, explain, diff, source, ops, doctor, roofline, memory, compare, bisect, repro, export):
     app.command()(function)
 app.add_typer(plugins)
 

@@ -112,7 +112,7 @@ def page_lines(found: "Coverage") -> Iterator[str]:
         "",
         "Written by `deltaloom ops --markdown`; a test compares it with the registry. `deltaloom ops NAME` shows one op in full,",
         "`deltaloom explain` which kernel a model's nodes get. Under a backend are the number of kernels of its own, and whether",
-        "the op's own rule (`reference` on NumPy, `portable` on torch) stands behind them; *parts*: it runs as its decomposition.",
+        "the op's own rule (`reference` on NumPy, `portable` elsewhere) stands behind them; *parts*: it runs as its decomposition.",
         "",
         f"| op | {' | '.join(RULES)} | {' | '.join(found.backends)} | what it computes |",
         f"| --- {'| --- ' * (len(RULES) + len(found.backends))}| --- |",

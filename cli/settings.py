@@ -196,7 +196,7 @@ def _flag_value(name: str, value: Any) -> Any:
     if name == "no_cache":
         return CACHE_OFF
     if name == "mesh":
-        return _mesh(value)
+        return read_mesh(value, "--mesh")
     if name == "quantise" and value.lstrip().startswith("{"):
         return _json_object("--quantise", value, "name pattern to scheme")
     if name != "hf_overrides":
@@ -215,13 +215,13 @@ def _json_object(flag: str, text: str, content: str) -> Any:
         raise ConfigError(f"{flag} is not valid JSON: {error}") from None
 
 
-def _mesh(text: str) -> dict[str, int]:
-    """``tp=2,ep=4`` as a table."""
+def read_mesh(text: str, flag: str) -> dict[str, int]:
+    """``tp=2,ep=4`` as a table; ``ConfigError`` names the flag."""
     mesh: dict[str, int] = {}
     for part in text.split(","):
         axis, _, ranks = part.partition("=")
         good = ranks.strip().isdecimal() and len(ranks) < 10
-        require(good, f"--mesh is '{text}', expected an axis and its number of ranks, for example tp=2", ConfigError)
+        require(good, f"{flag} is '{text}', expected an axis and its number of ranks, for example tp=2", ConfigError)
         mesh[axis.strip()] = int(ranks)
     return mesh
 

@@ -72,6 +72,11 @@ class Checkpoint:
         """A read-only view into the mapped file; its pages come from disk when they are touched."""
         return self._file(name).tensor(name)
 
+    def forget(self) -> None:
+        """Let the system take the pages that were read: for who reads each tensor once."""
+        for file in set(self._files.values()):
+            file.forget()
+
     def close(self) -> None:
         """Let go of all files; views that were handed out stay valid."""
         for file in self._files.values():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaloom.graph.errors import CheckpointError, ConfigError
+from deltaloom.graph.errors import CheckpointError, ConfigError, DeltaloomError
 
 LARGEST_INTEGER = 2**53  # JSON numbers beyond this do not survive a reader that uses doubles
 
@@ -193,7 +193,7 @@ def _limits(above: float, minimum: float, maximum: float) -> str:
     return " " + " and ".join(parts) if parts else ""
 
 
-def as_path(source: str | os.PathLike[str], error: type[CheckpointError] | type[ConfigError] = ConfigError) -> Path:
+def as_path(source: str | os.PathLike[str], error: type[DeltaloomError] = ConfigError) -> Path:
     """``source`` as a path; ``error`` for text that no file system can hold."""
     text = os.fspath(source)
     if "\0" in text:

@@ -99,6 +99,11 @@ class SafetensorsFile:
         self._map = None
         self._closed = True
 
+    def forget(self) -> None:
+        """Let the system take the pages that were read; views stay valid, their pages come from disk again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def _mapped(self) -> mmap.mmap:
         if self._closed:
             raise CheckpointError(f"{self.path} was closed; open the checkpoint again to read from it.")
@@ -115,6 +120,23 @@ class SafetensorsFile:
         return self._map
 
 
+def write_safetensors(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Write ``arrays`` by name. ``CheckpointError`` for a dtype that the format has not; an OSError is the caller's to name."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, position = {}, 0
+    for name, array in arrays.items():
+        if array.dtype not in names:
+            raise CheckpointError(f"tensor {name!r} is {array.dtype}; safetensors files hold {', '.join(DTYPES)}.")
+        offsets = [position, position + array.nbytes]
+        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+        position = offsets[1]
+    head = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
 def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
     """The header's object, the position of the first data byte, and the file's size."""
     try:
@@ -123,9 +145,7 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
             file.seek(0)
             start = file.read(8)
             if len(start) < 8:
-                raise CheckpointError(
-                    f"{path} has {size} bytes; a safetensors file has at least 8, so it is truncated."
-                )
+                raise CheckpointError(f"{path} has {size} bytes; a safetensors file has at least 8, so it is truncated.")
             length = int.from_bytes(start, "little")
             if length > LONGEST_HEADER:
                 raise CheckpointError(
@@ -133,9 +153,7 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
                     "it is damaged or not a safetensors file."
                 )
             if 8 + length > size:
-                raise CheckpointError(
-                    f"{path} is truncated: its header of {length} bytes does not fit the file of {size} bytes."
-                )
+                raise CheckpointError(f"{path} is truncated: its header of {length} bytes does not fit the file of {size} bytes.")
             raw = file.read(length)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
@@ -170,17 +188,14 @@ def _tensor_info(path: Path, name: str, entry: object, data_start: int) -> Tenso
     if not isinstance(kind, str) or kind not in DTYPES:
         raise CheckpointError(f"{where} has the dtype {describe(kind)}; readable are {', '.join(DTYPES)}.")
     if not _are_sizes(shape) or len(shape) > MOST_DIMENSIONS:
-        raise CheckpointError(
-            f"{where} has the shape {shape!r:.80}; expected a list of at most {MOST_DIMENSIONS} sizes."
-        )
+        raise CheckpointError(f"{where} has the shape {shape!r:.80}; expected a list of at most {MOST_DIMENSIONS} sizes.")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has data_offsets {offsets!r:.80}; expected two positions, begin and end.")
     begin, end = offsets
     needed = math.prod(shape) * DTYPES[kind].itemsize
     if needed != end - begin:
         raise CheckpointError(
-            f"{where} is {kind} {shape}, which takes {needed} bytes, but its data_offsets span {end - begin}; "
-            "the file is damaged."
+            f"{where} is {kind} {shape}, which takes {needed} bytes, but its data_offsets span {end - begin}; the file is damaged."
         )
     return TensorInfo(DTYPES[kind], tuple(shape), path, data_start + begin, data_start + end)
 
@@ -198,8 +213,7 @@ def _check_ranges(path: Path, infos: Mapping[str, TensorInfo], data_start: int, 
     for name, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin < position:
             raise CheckpointError(
-                f"tensors {before!r} and {name!r} in {path} overlap by {position - info.begin} bytes; "
-                "the file is damaged."
+                f"tensors {before!r} and {name!r} in {path} overlap by {position - info.begin} bytes; the file is damaged."
             )
         if info.end > file_size:
             raise CheckpointError(
@@ -208,8 +222,7 @@ def _check_ranges(path: Path, infos: Mapping[str, TensorInfo], data_start: int, 
             )
         if info.begin > position:
             raise CheckpointError(
-                f"{path} has {info.begin - position} bytes before tensor {name!r} that belong to no tensor; "
-                "the file is damaged."
+                f"{path} has {info.begin - position} bytes before tensor {name!r} that belong to no tensor; the file is damaged."
             )
         position, before = info.end, name
     if position != file_size:

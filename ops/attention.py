@@ -8,7 +8,7 @@ import numpy as np
 
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
-from deltaloom.graph.types import TensorType, bool_, i64
+from deltaloom.graph.types import TensorType, bool_, f32, f64, i64
 from deltaloom.ops.laws import PaddingIsNoOp, PermutationEquivariant, Streaming
 from deltaloom.ops.padding import left_padded
 from deltaloom.ops.precision import wide, wide_tensor
@@ -103,6 +103,8 @@ class Attention(Op):
         return (weights @ values.repeat_interleave(repeats, dim=1)).transpose(1, 2), keys, values
 
     def onnx(self, b: Any, q: str, k: str, v: str, key_cache: str, value_cache: str, *valid: str) -> Any:
+        if b.has("Attention") and b.dtypes[q] != f64:
+            return _attention(b, q, k, v, key_cache, value_cache, *valid)
         heads, key_heads, width = b.type(q).shape[2], b.type(k).shape[2], b.type(q).shape[3]
         value_width, group = b.type(v).shape[3], heads // key_heads
         keys = b.Concat(key_cache, b.Transpose(k, perm=[0, 2, 1, 3]), axis=2)
@@ -155,3 +157,19 @@ class Attention(Op):
         if draw.choice(False, True):
             arrays.append(left_padded(draw, batch, past + seq))
         return Case(cls(scale=draw.choice(width**-0.5, 1.0)), tuple(arrays))
+
+
+def _attention(b: Any, q: str, k: str, v: str, key_cache: str, value_cache: str, *valid: str) -> Any:
+    """With the standard op, from opset 24 on."""
+    queries, keys, values = (b.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
+    past, seq = b.size(key_cache, 2), b.size(q, 1)
+    columns, one = b.Add(past, seq), b.constant(1, i64)
+    rows = b.Unsqueeze(b.Range(*map(b.scalar, (past, columns)), one), b.ints(1))
+    seen = b.LessOrEqual(b.Range(b.constant(0, i64), b.scalar(columns), one), rows)
+    seen = b.And(seen, b.Unsqueeze(valid[0], b.ints(1, 2))) if valid else b.Unsqueeze(seen, b.ints(0, 1))
+    out, *caches = b.Attention(queries, keys, values, seen, key_cache, value_cache, scale=b.reference("scale"), outputs=3)
+    if valid:
+        # What a row gives that may see nothing is left open.
+        some = b.ReduceMax(b.cast(seen, f32), b.ints(-1), keepdims=1)
+        out = b.Where(b.cast(some, bool_), out, b.like(0.0, out))
+    return b.Transpose(out, perm=[0, 2, 1, 3]), *caches

@@ -53,7 +53,7 @@ class DeltaGates(Op):
         return wide_tensor(torch, torch.sigmoid(b)), -torch.exp(wide_tensor(torch, a_log)) * softplus
 
     def onnx(self, b: Any, b_: str, a: str, a_log: str, dt_bias: str) -> Any:
-        beta = b.wide(b.narrow(b.Sigmoid(b.wide(b_)), b_))
+        beta = b.wide(b.narrow(b.sigmoid(b.wide(b_)), b_))
         softplus = b.Softplus(b.Add(b.wide(a), b.wide(dt_bias)))
         return beta, b.Mul(b.Neg(b.Exp(b.wide(a_log))), softplus)
 

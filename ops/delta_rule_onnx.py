@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ def gated_delta_rule(b: Any, q: str, k: str, v: str, log_decay: str, beta: str, 
         found: str = b.reshape(spread, batch, seq, heads, width) if repeats > 1 else x
         return found
 
+    if b.has("LinearAttention") and b.dtypes[v] == f32:
+        return _whole(b, (repeated(b, q), repeated(b, k), v), log_decay, beta, state)
     queries, keys = b.Mul(repeated(b, q), b.attribute("scale")), repeated(b, k)
     inputs = (queries, keys, b.wide(v), log_decay, beta)
     few = b.LessOrEqual(b.scalar(seq), b.constant(FEW, i64))
@@ -33,6 +36,18 @@ def gated_delta_rule(b: Any, q: str, k: str, v: str, log_decay: str, beta: str, 
     )
     out, new_state = made
     return b.narrow(out, v), new_state
+
+
+def _whole(b: Any, values: Sequence[str], log_decay: str, beta: str, state: str) -> tuple[str, str]:
+    """With the one op for it, which wants heads side by side."""
+    heads, width = b.type(state).shape[1], b.type(state).shape[3]
+    batch, seq = b.size(log_decay, 0), b.size(log_decay, 1)
+    flat = [b.reshape(x, batch, seq, -1) for x in values]
+    out, new_state = b.newer(
+        "LinearAttention", *flat, state, log_decay, beta, q_num_heads=heads, kv_num_heads=heads, update_rule="gated_delta",
+        scale=b.reference("scale"), outputs=2,
+    )  # fmt: skip
+    return b.reshape(out, batch, seq, heads, width), new_state
 
 
 def _recurrent(b: Any, q: str, k: str, v: str, log_decay: str, beta: str, state: str) -> tuple[str, str]:

@@ -119,7 +119,7 @@ class Sigmoid(Op):
         return torch.sigmoid(x)
 
     def onnx(self, b: Any, x: str) -> Any:
-        return b.narrow(b.Sigmoid(b.wide(x)), x)
+        return b.narrow(b.sigmoid(b.wide(x)), x)
 
     def cost(self, x: TensorType) -> Cost:
         return Cost(4 * x.elements(), self.moved_bytes(x))
@@ -147,7 +147,7 @@ class Silu(Op):
 
     def onnx(self, b: Any, x: str) -> Any:
         f = b.wide(x)
-        return b.narrow(b.Mul(f, b.Sigmoid(f)), x)
+        return b.narrow(b.silu(f), x)
 
     def cost(self, x: TensorType) -> Cost:
         return Cost(5 * x.elements(), self.moved_bytes(x))
@@ -179,7 +179,7 @@ class Swiglu(Op):
 
     def onnx(self, b: Any, gate: str, up: str) -> Any:
         f = b.wide(gate)
-        return b.Mul(b.narrow(b.Mul(f, b.Sigmoid(f)), gate), up)
+        return b.Mul(b.narrow(b.silu(f), gate), up)
 
     def cost(self, gate: TensorType, up: TensorType) -> Cost:
         return Cost(6 * up.elements(), self.moved_bytes(gate, up))
@@ -210,7 +210,7 @@ class SigmoidGate(Op):
         return x * torch.sigmoid(gate)
 
     def onnx(self, b: Any, x: str, gate: str) -> Any:
-        return b.Mul(x, b.narrow(b.Sigmoid(b.wide(gate)), gate))
+        return b.Mul(x, b.narrow(b.sigmoid(b.wide(gate)), gate))
 
     def cost(self, x: TensorType, gate: TensorType) -> Cost:
         return Cost(x.elements() + 4 * gate.elements(), self.moved_bytes(x, gate))

@@ -147,7 +147,7 @@ class MoEExperts(Op):
             both = b.narrow(b.Gemm(b.wide(own), b.wide(b.Gather(gate_up, which, axis=0)), transB=1), x)
             gate, up = b.Split(both, axis=-1, num_outputs=2, outputs=2)
             f = b.wide(gate)
-            inner = b.Mul(b.narrow(b.Mul(f, b.Sigmoid(f)), x), up)
+            inner = b.Mul(b.narrow(b.silu(f), x), up)
             made = b.narrow(b.Gemm(b.wide(inner), b.wide(b.Gather(down, which, axis=0)), transB=1), x)
             share = b.Unsqueeze(b.GatherND(shares, places), b.ints(-1))
             return (b.ScatterND(sums, row, b.wide(b.Mul(made, share)), reduction="add"),)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
-from deltaloom.graph.types import TensorType, f32
+from deltaloom.graph.types import TensorType, f32, f64
 from deltaloom.ops import precision
 from deltaloom.ops.elementwise import gate_numbers
 from deltaloom.ops.precision import wide, wide_dtype, wide_tensor
@@ -48,8 +48,9 @@ class RMSNorm(Op):
         return (n * weight).to(x.dtype) if self.zero_centred else weight * n.to(x.dtype)
 
     def onnx(self, b: Any, x: str, weight: str) -> Any:
-        n = _normalised(b, x, "ReduceMean")
-        return b.narrow(b.Mul(n, weight), x) if self.zero_centred else b.Mul(weight, b.narrow(n, x))
+        if self.zero_centred:
+            return b.narrow(_rms_norm(b, b.wide(x), weight), x)
+        return _rms_norm(b, x, weight)
 
     def cost(self, x: TensorType, weight: TensorType) -> Cost:
         return Cost(4 * x.elements(), self.moved_bytes(x, weight))
@@ -99,9 +100,9 @@ class GatedRMSNorm(Op):
         return (scaled * torch.nn.functional.silu(wide_tensor(torch, gate))).to(x.dtype)
 
     def onnx(self, b: Any, x: str, gate: str, weight: str) -> Any:
-        scaled = b.Mul(weight, b.narrow(_normalised(b, x, "ReduceMean"), x))
+        scaled = _rms_norm(b, x, weight)
         f = b.wide(gate)
-        return b.narrow(b.Mul(b.wide(scaled), b.Mul(f, b.Sigmoid(f))), x)
+        return b.narrow(b.Mul(b.wide(scaled), b.silu(f)), x)
 
     def cost(self, x: TensorType, gate: TensorType, weight: TensorType) -> Cost:
         return Cost(10 * x.elements(), self.moved_bytes(x, gate, weight))
@@ -145,6 +146,15 @@ class L2Norm(Op):
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         return Case(cls(eps=draw.choice(1e-6, 1e-2)), (draw.normal(draw.size(), draw.size(5), draw.size(70)),))
+
+
+def _rms_norm(b: Any, x: str, weight: str) -> str:
+    """weight * cast(x / sqrt(mean(x^2) + eps)), the quotient in float32."""
+    if b.has("RMSNormalization") and b.dtypes[x] != f64:
+        made: str = b.RMSNormalization(x, weight, epsilon=b.reference("eps"), axis=-1, stash_type=1)
+        return made
+    scaled: str = b.Mul(weight, b.narrow(_normalised(b, x, "ReduceMean"), x))
+    return scaled
 
 
 def _normalised(b: Any, x: str, reduce: str) -> str:

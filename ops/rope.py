@@ -8,7 +8,7 @@ import numpy as np
 
 from deltaloom.graph.errors import require
 from deltaloom.graph.op import Array, Case, Cost, Draw, Op
-from deltaloom.graph.types import LONG_NAMES, TensorType, dtype_named, f32
+from deltaloom.graph.types import LONG_NAMES, TensorType, dtype_named, f32, f64
 from deltaloom.ops.laws import PermutationEquivariant, Streaming
 from deltaloom.ops.signature import Axes, floating, has_dtype, integral
 
@@ -105,6 +105,12 @@ class Rope(Op):
     def onnx(self, b: Any, x: str, cos: str, sin: str) -> Any:
         half, width = b.type(cos).shape[-1], b.type(x).shape[-1]
         rest = width - 2 * half
+        if b.has("RotaryEmbedding") and b.dtypes[x] != f64:
+            # Heads side by side, so that nothing is transposed. Some runtimes want to know their number even where they are not.
+            heads = b.type(x).shape[2]
+            flat = b.reshape(x, b.size(x, 0), b.size(x, 1), heads * width)
+            turned = b.RotaryEmbedding(flat, cos, sin, num_heads=heads, rotary_embedding_dim=2 * half)
+            return b.Reshape(turned, b.Shape(x))
         x1, x2, *tail = b.Split(x, b.ints(half, half, *([rest] if rest else [])), axis=-1, outputs=2 + bool(rest))
         c, s = (b.Unsqueeze(angle, b.ints(2)) for angle in (cos, sin))
         turned = b.Sub(b.Mul(x1, c), b.Mul(x2, s)), b.Add(b.Mul(x2, c), b.Mul(x1, s))

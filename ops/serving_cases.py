@@ -66,19 +66,20 @@ class Slots:
 
 
 def draw_slots(draw: Draw, steps: Steps) -> Slots:
-    """Reads of shared, own and no slots; writes after the last token, after every token, after any tokens or none. Now and then a
-    slot is written that another sequence reads."""
+    """Reads of shared, own and no slots; writes after the last token, after every token, after any tokens or none."""
     tokens, starts = steps.tokens, steps.starts
-    count = tokens + draw.integer(2, 4)
+    count = tokens + 3 + draw.integer(1, 3)
+    read = np.where(steps.scratch, -1, draw.integers(-1, 3, len(steps.lengths)))
+    read[(read == 0) & np.any(steps.scratch)] = -1
     free = 1 + np.argsort(draw.uniform(0.0, 1.0, count - 1))
-    read = np.where(steps.scratch, -1, draw.integers(-1, min(count - 1, 3), len(steps.lengths)))
+    free = free[~np.isin(free, read)]
     kind = draw.choice("last", "every", "any", "in place")
     write = np.full(tokens, -1)
     chosen = draw.integers(0, 1, tokens)
     for row, (start, stop) in enumerate(zip(starts, starts[1:])):
         for token in range(start, stop):
             last = token == stop - 1
-            if last and kind == "in place" and (read[row] > 0 and read[row] not in write):
+            if last and kind == "in place" and read[row] > 0 and np.sum(read == read[row]) == 1:
                 write[token] = read[row]
             elif steps.scratch[row]:
                 write[token] = 0 if last else -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from deltaloom.graph.errors import CompileError
@@ -54,16 +54,20 @@ class Assign(Pass):
         """The placement of ``node``, None to descend; ``CompileError`` lists every refusal where neither is possible."""
         refusals: list[Refusal] = []
         override = _override_inside(node, ctx)
-        for kernel in candidates(node, ctx):
-            reason = override or kernel.refusal(node) or self._layout_refusal(kernel, node, graph_name)
-            if reason is None:
-                return Placement(kernel.backend, kernel.name, tuple(refusals), kernel.layouts(node))
-            refusals.append(Refusal(kernel.name, reason))
+        for backend in order_for(node, ctx):
+            found = candidates(node, backend, ctx)
+            if not found:
+                refusals.append(Refusal(backend, f"has no kernel for {node.op.name}"))
+            for kernel in found:
+                reason = override or kernel.refusal(node) or self._layout_refusal(kernel, node, graph_name)
+                if reason is None:
+                    return Placement(kernel.backend, kernel.name, tuple(refusals), kernel.layouts(node))
+                refusals.append(Refusal(kernel.name, reason))
         if parts_of(node) is not None:
-            why = "; ".join(map(str, refusals)) or "no backend has a kernel for it"
+            why = "; ".join(map(str, refusals))
             ctx.events.append(Event("taken apart", node.op.name, graph_name, node.name, why))
             return None
-        lines = "".join(f"\n  {r.kernel}: {r.reason}" for r in refusals) or "\n  no backend has a kernel for this op"
+        lines = "".join(f"\n  {r.kernel}: {r.reason}" for r in refusals)
         order = ", ".join(order_for(node, ctx))
         raise CompileError(f"nobody can run %{node.name} = {node.op} (backends {order}), built at {node.source}:{lines}")
 
@@ -101,10 +105,9 @@ def _override_inside(node: Node, ctx: Context) -> str | None:
     return None
 
 
-def candidates(node: Node, ctx: Context) -> Iterator[Kernel]:
-    """Every kernel for the op of ``node``, in the configured order."""
-    for name in order_for(node, ctx):
-        yield from kernels_for(ctx.backend(name), node.op.name, first=ctx.config.use.get(f"kernels.{name}"))
+def candidates(node: Node, backend: str, ctx: Context) -> list[Kernel]:
+    """Every kernel that a backend has for the op of ``node``."""
+    return kernels_for(ctx.backend(backend), node.op.name, first=ctx.config.use.get(f"kernels.{backend}"))
 
 
 def parts_of(node: Node) -> Graph | None:

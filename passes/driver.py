@@ -123,8 +123,11 @@ class Driver:
 
     def pass_names(self, variant: AnyVariant | None = None) -> tuple[str, ...]:
         """The passes that run: of the shared part, or of the program of ``variant`` after it."""
-        steps = self._shared_passes() if variant is None else self._program_passes(variant, {})
-        return tuple(step.name for step in steps)
+        return tuple(step.name for step in self.steps(variant))
+
+    def steps(self, variant: AnyVariant | None = None) -> list[Pass]:
+        """The passes of ``pass_names`` with their options, layouts of weights excepted."""
+        return self._shared_passes() if variant is None else self._program_passes(variant, {})
 
     def trace(self, variant: AnyVariant | None = None) -> list[Graph]:
         """The graph after each of ``pass_names``, made anew; as placed programs have it, layouts of weights decided."""

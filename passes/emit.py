@@ -25,7 +25,7 @@ from deltaloom.passes.emit_names import Names, identifier
 from deltaloom.passes.memory import Kind, MemoryNeeds, MemoryPlan, Slot, buffered_kernels, memory_needs, plan_memory
 from deltaloom.passes.memory_check import check_plan
 from deltaloom.passes.pipeline import Context
-from deltaloom.passes.segment import TRANSFER, runs
+from deltaloom.passes.segment import TRANSFER, RunsSegments, Segment, runs
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,22 @@ def emit(graph: Graph, ctx: Context, title: str) -> Program:
     signatures = {name: signature(region, ctx, memory, name) for name, region in graph.regions.items()}
     signatures[""] = signature(graph, ctx, memory)
     bodies: list[str] = []
-    finished: list[tuple[str, str]] = []
+    finished: list[Segment] = []
     for name, region in graph.regions.items():
         bodies += _function(region, signatures[name], signatures, names, finished, ctx, top=False)
     bodies += _function(graph, signatures[""], signatures, names, finished, ctx, top=True)
     header = names.header(f"{graph.name}, {title}", ctx)
     source = "\n".join([*header, *bodies])
     space = _execute(bodies, names, f"<deltaloom {graph.name} {title}>", source, skip=len(header))
-    for function, backend in finished:
-        space[function] = ctx.backend(backend).finish(space[function], function)
+    for segment in finished:
+        owner = ctx.backend(segment.backend)
+        if isinstance(owner, RunsSegments):
+            space[segment.name] = owner.segment(segment)
+        else:
+            space[segment.name] = owner.finish(space[segment.name], segment.name)
     run = space[names.function(graph.name)]
     outputs = tuple(name for name, _ in graph.outputs)
-    return Program(graph, source, run, outputs, signatures, memory, tuple(finished))
+    return Program(graph, source, run, outputs, signatures, memory, tuple((one.name, one.backend) for one in finished))
 
 
 def _execute(bodies: Sequence[str], names: Names, file: str, source: str, *, skip: int) -> dict[str, Any]:
@@ -196,7 +200,7 @@ def _function(
     signature: Signature,
     signatures: Mapping[str, Signature],
     names: Names,
-    finished: list[tuple[str, str]],
+    finished: list[Segment],
     ctx: Context,
     *,
     top: bool,
@@ -218,8 +222,9 @@ def _function(
     for number, (backend, nodes) in enumerate(runs(graph)):
         if backend is not None and ctx.backend(backend).compiles:
             title = names.segment(graph, number)
-            finished.append((title, backend))
-            before += _segment(title, graph, nodes, body, names, ctx, ends)
+            lines, segment = _segment(title, backend, graph, nodes, body, names, ctx, ends)
+            finished.append(segment)
+            before += lines
             body.delete([value for node in nodes for value in ends.get(node.name, ())])
             continue
         for node in nodes:
@@ -288,16 +293,18 @@ def _returned(node: Node, graph: Graph) -> list[Value]:
 
 def _segment(
     title: str,
+    backend: str,
     graph: Graph,
     nodes: Sequence[Node],
     outer: _Body,
     names: Names,
     ctx: Context,
     ends: Mapping[str, Sequence[Value]],
-) -> list[str]:
-    """A function for a run of nodes of one compiling backend, and its call in ``outer``."""
+) -> tuple[list[str], Segment]:
+    """A function for a run of nodes of one compiling backend, whose call is put into ``outer``."""
     inner = _Body(names)
     inputs: dict[str, str] = {}
+    given: dict[str, Value] = {}
     made: set[Value] = set()
     for node in nodes:
         assert node.placement is not None
@@ -306,8 +313,10 @@ def _segment(
             if value.kind == "param":
                 slot = WeightSlot(value, node.placement.backend, layouts.get(position, ()))
                 inputs[inner.weight(slot)] = outer.weight(slot)
+                given[inner.weight(slot)] = value
             elif value not in made:
                 inputs[inner.name(value)] = outer.name(value)
+                given[inner.name(value)] = value
         made.update(node.outputs)
     for node in nodes:
         targets = ", ".join(inner.name(value) for value in _returned(node, graph))
@@ -318,7 +327,8 @@ def _segment(
     results = [value for node in nodes for value in _returned(node, graph) if value in later]
     inner.add(f"return {_tuple([inner.name(value) for value in results])}")
     outer.add(f"{_tuple([outer.name(value) for value in results])} = {title}({', '.join(inputs.values())})")
-    return ["", f"def {title}({', '.join(inputs)}):", *inner.lines, ""]
+    segment = Segment(title, backend, tuple(nodes), tuple(given.values()), tuple(results))
+    return ["", f"def {title}({', '.join(inputs)}):", *inner.lines, ""], segment
 
 
 def _unpack(body: _Body, targets: Sequence[str], source: str) -> None:

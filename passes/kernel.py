@@ -27,7 +27,7 @@ from deltaloom.graph.ir import Node, Value
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.registry import ops
-from deltaloom.graph.types import DType, QuantType, TensorType
+from deltaloom.graph.types import DType, QuantType, TensorType, bf16
 from deltaloom.ops.quantized import READERS
 
 Tensor = Any
@@ -301,6 +301,15 @@ def stored_otherwise(node: Node) -> list[Value]:
     names = node.op.input_names()
     weights = [node.inputs[names.index(name)] for name in READERS.get(node.op.name, ())]
     return [value for value in weights if value.type.dtype != node.inputs[0].type.dtype]
+
+
+def weights_in_bfloat16(node: Node) -> str | None:
+    """All weights must be bfloat16."""
+    for name in READERS[node.op.name]:
+        found = input_type(node, name).dtype
+        if found != bf16:
+            return f"{name} is {found}, not bf16; --quantise bf16 makes it so"
+    return None
 
 
 def some_stored_otherwise(node: Node) -> str | None:

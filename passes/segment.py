@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from deltaloom.graph.ir import Call, Graph, Node, Placement, Value
 from deltaloom.graph.registry import ops
 from deltaloom.passes.pipeline import Context, Pass
 
 TRANSFER = "transfer"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of neighbouring nodes of one backend that compiles: the emitted function ``name`` takes ``inputs`` (weights among them;
+    append states as ``Appended``) and gives the tuple of ``results``."""
+
+    name: str
+    backend: str
+    nodes: tuple[Node, ...]
+    inputs: tuple[Value, ...]
+    results: tuple[Value, ...]
+
+
+@runtime_checkable
+class RunsSegments(Protocol):
+    """A backend that compiles the nodes of a segment rather than the Python function that was emitted for it."""
+
+    def segment(self, segment: Segment) -> Callable[..., Any]:
+        """What is called in place of the emitted function, with the same arguments and results."""
 
 
 @dataclass(frozen=True)

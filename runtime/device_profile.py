@@ -181,16 +181,18 @@ def machine_facts(backend: str, device: str, threads: int | None) -> dict[str, s
 
 
 def _package(backend: str) -> str:
-    """The version of what a backend computes with, where that is not NumPy."""
+    """The versions of what a backend computes with, where that is not NumPy."""
     from importlib.metadata import PackageNotFoundError, version
 
     from deltaloom.backends import NEEDS
 
-    name = NEEDS.get(backend)
-    try:
-        return f"{name} {version(name)}" if name else ""
-    except PackageNotFoundError:
-        return f"{name} not installed"
+    found = []
+    for name in NEEDS.get(backend, ()):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
 
 
 def _usable_cores() -> int:

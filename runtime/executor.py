@@ -12,7 +12,7 @@ import numpy as np
 from deltaloom.graph.errors import RequestError, require
 from deltaloom.graph.ir import Value
 from deltaloom.graph.op import Array
-from deltaloom.passes.driver import Driver, Variant
+from deltaloom.passes.driver import AnyVariant, Driver, Variant
 from deltaloom.passes.emit import Program
 from deltaloom.passes.kernel import Tensor
 from deltaloom.runtime.arena import Arenas
@@ -34,14 +34,14 @@ class Executor:
         self.store = store
         self._planned = planned
         self._backends = {backend.name: backend for backend in ctx.backends}
-        self._weights: dict[Variant, dict[str, tuple[Tensor, ...]]] = {}
+        self._weights: dict[AnyVariant, dict[str, tuple[Tensor, ...]]] = {}
         self._layout: StateLayout | None = None
         self.arenas = Arenas(ctx.backends[0])
 
     def load(self) -> None:
         """Evaluate every weight of the planned programs now instead of at the first call."""
         for decode in (False, True):
-            self._bound(Variant(decode, False, self._planned))
+            self.bound(Variant(decode, False, self._planned))
 
     def new_state(self, batch: int) -> ModelState:
         """A state at length 0 for ``batch`` sequences."""
@@ -71,7 +71,7 @@ class Executor:
         count = next(iter(inputs.values())).shape[1]
         valid = _extend(state, new_valid, count)
         variant = Variant(count == 1, valid is not None, outputs)
-        program, weights = self._bound(variant)
+        program, weights = self.bound(variant)
         given: dict[str, Array] = {**inputs}
         given.setdefault("positions", positions(valid, state.batch, state.length, count))
         if valid is not None:
@@ -112,7 +112,8 @@ class Executor:
         )
         state.layout = self._layout
 
-    def _bound(self, variant: Variant) -> tuple[Program, dict[str, tuple[Tensor, ...]]]:
+    def bound(self, variant: Variant) -> tuple[Program, dict[str, tuple[Tensor, ...]]]:
+        """The compiled program of a variant, and its weights by call prefix, in the order of its signatures."""
         program = self.driver.program(variant)
         if variant not in self._weights:
             self._weights[variant] = {

@@ -5,7 +5,7 @@ ends leaves the batch. What a row gets depends neither on its batch mates nor on
 function of seed, sample index and position.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -15,8 +15,9 @@ from deltaloom.graph.errors import RequestError
 from deltaloom.graph.op import Array
 from deltaloom.runtime.model import Model
 from deltaloom.runtime.params import ResolvedParams
+from deltaloom.runtime.recorded import RecordedRows, records
 from deltaloom.runtime.results import Piece
-from deltaloom.runtime.sampler import SequenceHistory, non_finite_rows, sample
+from deltaloom.runtime.sampler import SequenceHistory, TokenLogprobs, non_finite_rows, sample
 from deltaloom.runtime.state import ModelState
 from deltaloom.runtime.stopping import OutputText
 from deltaloom.runtime.tokenizer import Tokenizer
@@ -48,6 +49,12 @@ class _Sample:
         self.index = sample_index
         self.history = SequenceHistory(request.params, request.prompt_ids, sample_index=sample_index)
         self.output = OutputText(tokenizer, request.params)
+
+    def take(self, token: int, logprobs: TokenLogprobs | None = None) -> Piece:
+        """The piece that ``token`` adds."""
+        self.history.append(token)
+        step = self.output.push(token)
+        return Piece(step.text, [token], self.index, step.finish_reason, step.stop_reason, logprobs)
 
 
 def groups(requests: Sequence[Request], max_batch: int) -> list[list[Request]]:
@@ -84,7 +91,9 @@ def run_group(
         part = samples[start : start + max_batch]
         rows = [one.row for one in part]
         state = prefilled.state if len(samples) == len(requests) else prefilled.state.select(rows)
-        yield from _decode(model, tokenizer.vocab_size, state, prefilled.logits[rows, 0], part, timings)
+        by_step = records(model.main) and not any(_needs_host(one.history.params) for one in part)
+        decode = _decode_recorded if by_step else _decode
+        yield from decode(model, tokenizer.vocab_size, state, prefilled.logits[rows, 0], part, timings)
 
 
 def _decode(
@@ -97,10 +106,7 @@ def _decode(
         chosen = sample(logits, [one.history for one in live], allowed=allowed)
         timings.decode += perf_counter() - started
         for one, token, logprobs in zip(live, chosen.ids.tolist(), chosen.logprobs, strict=True):
-            one.history.append(token)
-            step = one.output.push(token)
-            piece = Piece(step.text, [token], one.index, step.finish_reason, step.stop_reason, logprobs)
-            yield one.request.index, piece
+            yield one.request.index, one.take(token, logprobs)
         kept = [row for row, one in enumerate(live) if one.output.finish_reason is None]
         if not kept:
             return
@@ -113,8 +119,59 @@ def _decode(
         logits = output.logits[:, 0]
 
 
+def _decode_recorded(
+    model: Model, allowed: int, state: ModelState, logits: Array, samples: Sequence[_Sample], timings: Timings
+) -> Iterator[tuple[int, Piece]]:
+    """``_decode`` where the backend records a step: the first token is chosen here, all others on the device."""
+    started = perf_counter()
+    _refuse_non_finite(logits, samples)
+    chosen = sample(logits, [one.history for one in samples], allowed=allowed)
+    for one, token in zip(samples, chosen.ids.tolist(), strict=True):
+        yield one.request.index, one.take(token)
+    kept = [row for row, one in enumerate(samples) if one.output.finish_reason is None]
+    if not kept:
+        return
+    live = dict(enumerate(samples[row] for row in kept))
+    rows = RecordedRows(
+        model.main, state if len(kept) == len(samples) else state.select(kept), allowed=allowed, draws=_draws(list(live.values()))
+    )
+    for tokens in rows.steps(chosen.ids[kept].tolist()):
+        timings.decode += perf_counter() - started
+        _refuse_broken([row for row, token in enumerate(tokens) if token < 0 and row in live], live)
+        for row, one in list(live.items()):
+            yield one.request.index, one.take(tokens[row])
+            if one.output.finish_reason is not None:
+                rows.free(row)
+                del live[row]
+        started = perf_counter()
+
+
+def _needs_host(params: ResolvedParams) -> bool:
+    """Whether a token of the request depends on more than its own logits and a random number, or more than the token is asked for."""
+    return params.penalised or bool(params.logit_bias) or params.logprobs is not None or params.min_tokens > 0
+
+
+def _draws(samples: Sequence[_Sample]) -> dict[str, Array]:
+    """What a recorded step must know of rows that are drawn; nothing where all take the likeliest token."""
+    params = [one.history.params for one in samples]
+    if all(entry.greedy for entry in params):
+        return {}
+    return {
+        "seed": np.asarray([entry.seed for entry in params], np.uint64).view(np.int64),
+        "sample_index": np.asarray([one.index for one in samples], np.int64),
+        "greedy": np.asarray([entry.greedy for entry in params], np.int64),
+        "temperature": np.asarray([entry.temperature or 1.0 for entry in params], np.float64),
+        "top_k": np.asarray([entry.top_k for entry in params], np.int64),
+        "top_p": np.asarray([entry.top_p for entry in params], np.float64),
+        "min_p": np.asarray([entry.min_p for entry in params], np.float64),
+    }
+
+
 def _refuse_non_finite(logits: Array, live: Sequence[_Sample]) -> None:
-    broken = non_finite_rows(logits)
+    _refuse_broken(non_finite_rows(logits), live)
+
+
+def _refuse_broken(broken: Sequence[int], live: Sequence[_Sample] | Mapping[int, _Sample]) -> None:
     if broken:
         bad = live[broken[0]]
         raise RequestError(

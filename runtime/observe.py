@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 OnNode = Callable[[str, Node, Sequence[Tensor], float], None]
 """Full name of the node (``layers.3.x.sum``), the node, what its kernel returned (``emit.returned_values``), and its seconds.
 Later nodes may write over the tensors."""
+OnArguments = Callable[[str, Node, Sequence[Any]], None]
+"""Full name of a node that is about to run, the node, and what its kernel will get: weights in the layout that it wants, append
+states as ``Appended``. The kernel may write over states."""
 
 
 def observe(
@@ -35,11 +38,13 @@ def observe(
     new_valid: Array | None,
     outputs: tuple[str, ...],
     on_node: OnNode,
+    on_arguments: OnArguments | None = None,
 ) -> dict[str, Array]:
-    """``Executor.run``, node by node: advances ``state``, gives the outputs, and calls ``on_node`` after every node in order."""
+    """``Executor.run``, node by node: advances ``state``, gives the outputs, and calls ``on_arguments`` before and ``on_node``
+    after every node in order."""
 
     def run(program: Program, *arguments: Any) -> tuple[Tensor, ...]:
-        return _Interpreter(program, executor.ctx, on_node).run(*arguments)
+        return _Interpreter(program, executor.ctx, on_node, on_arguments).run(*arguments)
 
     return executor.run(inputs, state, new_valid, outputs, through=run)
 
@@ -52,10 +57,11 @@ def full_name(prefix: str, node: Node) -> str:
 class _Interpreter:
     """One run of a program."""
 
-    def __init__(self, program: Program, ctx: Context, on_node: OnNode) -> None:
+    def __init__(self, program: Program, ctx: Context, on_node: OnNode, on_arguments: OnArguments | None) -> None:
         self._program = program
         self._ctx = ctx
         self._on_node = on_node
+        self._on_arguments = on_arguments
         self._kernels: dict[tuple[str, str, str], Callable[..., Any]] = {}
 
     def run(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -88,6 +94,8 @@ class _Interpreter:
             arguments = list(self._arguments(node, values, weights))
             extra = {kind: buffers[node.name, kind] for kind in ("out", "scratch") if (node.name, kind) in buffers}
             kernel = self._kernel(node)
+            if self._on_arguments is not None:
+                self._on_arguments(full_name(prefix, node), node, arguments)
             begun = perf_counter()
             made = self._finished(node, kernel(*arguments, **extra))
             seconds = perf_counter() - begun

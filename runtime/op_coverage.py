@@ -92,7 +92,7 @@ def _op_coverage(op: type[Op], own: Mapping[str, Sequence[Kernel]]) -> OpCoverag
 
 
 def _reach(op: type[Op], kernels: Sequence[Kernel]) -> Reach:
-    if any(not kernel.when for kernel in kernels):
+    if any(kernel.portable or not kernel.when for kernel in kernels):  # guards of the former only say what the backend says
         return "any"
     if kernels:
         return "some"

@@ -93,6 +93,9 @@ def _check(segments: Sequence[Segment], block_size: int, tokens_each: int | None
         for block in row.blocks[: -(-row.end // block_size)]:
             users.setdefault(block, set()).add(number)
     for number, row in enumerate(segments):
+        writer = written.get(row.read_slot, number)
+        shown = f"sequence {number} of the step reads slot {row.read_slot}, which sequence {writer} writes; write another slot"
+        require(writer == number, shown, RequestError)
         for block in row.blocks[row.context // block_size : -(-row.end // block_size)]:
             others = sorted(users[block] - {number})
             shown = f"sequence {number} of the step writes to block {block}, which sequence {others[:1]} uses too; copy the block"

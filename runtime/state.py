@@ -102,6 +102,10 @@ class ModelState:
                 found[prefix + buffer.slot.name] = np.array(self._backends[buffer.slot.backend].to_host(filled))
         return found
 
+    def fixed_names(self, prefix: str) -> list[str]:
+        """The names of the states in ``fixed[prefix]``, relative to the prefix."""
+        return [slot.name for slot in self._slots[prefix]]
+
     def select(self, rows: Sequence[int]) -> ModelState:
         """A new state with these rows of the batch, in this order; a row may be taken more than once."""
         bad = [row for row in rows if not isinstance(row, Integral) or not 0 <= row < self.batch]

@@ -1,16 +1,20 @@
-"""An op's ONNX rule, run by ONNX Runtime."""
+"""An op as an ONNX model of one node, run by ONNX Runtime or by the reference evaluator of the package onnx."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
 from deltaloom.graph.interpret import type_of
 from deltaloom.graph.op import Array, Op
+from deltaloom.graph.types import TensorType
 from deltaloom.testing.evaluate import Value, one_node
 
 PACKAGES = ("onnx", "onnxruntime")
+EVERYTHING, NOTHING, EVALUATOR = "all optimisations", "no optimisations", "reference evaluator"
+"""Ways to run a model: ONNX Runtime, twice, and plain NumPy."""
 
 
 def runs_onnx() -> bool:
@@ -19,20 +23,40 @@ def runs_onnx() -> bool:
 
 
 def onnx_rule(op: Op, arrays: tuple[Value, ...]) -> tuple[Array, ...]:
-    """The op as a model of one node, on NumPy arrays. Raises what the export and ONNX Runtime raise."""
-    import onnxruntime
+    """The op in the portable profile, by ONNX Runtime, on NumPy arrays. Raises what the export and ONNX Runtime raise."""
+    return run_model(op_model(op, tuple(map(type_of, arrays))), arrays)
+
+
+def op_model(op: Op, types: tuple[TensorType, ...], profile: Any = None, *, functions: bool = True) -> Any:
+    """The op as a model of one node, in a profile of ``deltaloom.backends.onnx.profiles``, by default the portable one. Without
+    ``functions`` the body stands in the place of the node."""
+    from onnx.inliner import inline_local_functions
 
     from deltaloom.backends.onnx.functions import Library
-    from deltaloom.backends.onnx.model import ModelBuilder, portable_names
-    from deltaloom.runtime.onnx_export import OPSET
+    from deltaloom.backends.onnx.model import ModelBuilder
+    from deltaloom.backends.onnx.profiles import profile as named
 
-    graph = one_node(op, tuple(map(type_of, arrays)))
-    model = ModelBuilder(graph, Library(OPSET), portable_names).build()
-    proto = model.proto("case", OPSET, "deltaloom.testing", ())
+    used = named("portable") if profile is None else profile
+    proto = ModelBuilder(one_node(op, types), Library(used)).build().proto("case", used.opset, "deltaloom.testing", ())
+    return proto if functions else inline_local_functions(proto)
+
+
+def run_model(proto: Any, arrays: tuple[Value, ...], how: str = EVERYTHING) -> tuple[Array, ...]:
+    """The outputs of a model for inputs in their order. ``how``: one of the ways above."""
+    names = [value.name for value in proto.graph.input]
+    given = {name: _as_declared(array) for name, array in zip(names, arrays, strict=True)}
+    if how == EVALUATOR:
+        from onnx.reference import ReferenceEvaluator
+
+        with np.errstate(all="ignore"):
+            return tuple(ReferenceEvaluator(proto).run(None, given))
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_DISABLE_ALL if how == NOTHING else level.ORT_ENABLE_ALL
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
-    given = {declared.name: _as_declared(array) for declared, array in zip(session.get_inputs(), arrays, strict=True)}
     return tuple(session.run(None, given))
 
 

@@ -66,7 +66,7 @@ class OpSuite(Suite):
 
 def installed_backends() -> list[Backend]:
     """The built-in backends whose kernels run one by one on the CPU."""
-    names = ["numpy", "torch"] if find_spec("torch") is not None else ["numpy"]
+    names = ["numpy", *(["torch"] if find_spec("torch") is not None else []), *(["onnx"] if runs_onnx() else [])]
     return [named_backend(name, device="cpu") for name in names]
 
 

@@ -21,7 +21,12 @@ MAY_IMPORT = {
     "testing": {"graph", "ops", "passes", "backends", "models", "runtime"},
 }
 TEST_LIBRARIES = {"hypothesis", "pytest", "safetensors"}
-ONLY_IN = {"torch": ("backends/torch",), "onnx": ("backends/onnx",), "onnxruntime": ("backends/onnx", "testing")}
+ONLY_IN = {
+    "torch": ("backends/torch", "backends/cuda"),
+    "triton": ("backends/cuda",),
+    "onnx": ("backends/onnx", "testing"),
+    "onnxruntime": ("backends/onnx", "testing"),
+}
 """Libraries of extras, and where they may be imported."""
 
 
@@ -120,7 +125,7 @@ def test_imports_respect_the_layers(part: str) -> None:
         ("backends/x.py", "import importlib\nimportlib.import_module('torch.fx')", "torch, which only backends/torch"),
         ("ops/x.py", "from .norms import y", "a relative import"),
         ("ops/x.py", "import hypothesis", "hypothesis at the top of the file"),
-        ("runtime/x.py", "import onnx", "onnx, which only backends/onnx may import"),
+        ("runtime/x.py", "import onnx", "onnx, which only backends/onnx and testing may import"),
         ("ops/x.py", "import scipy", "scipy, which the core does not install"),
         ("graph/x.py", "import ops", "ops, which the core does not install"),
     ],

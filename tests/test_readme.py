@@ -51,7 +51,7 @@ def page_blocks(page: str) -> list[Block]:
 
 
 def to_run() -> list[Block]:
-    documents = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/quantization.md")
+    documents = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/onnx.md", "docs/quantization.md")
     pages = [block for page in documents for block in page_blocks(page)]
     chosen = [block for block in pages if not block.comment.startswith("not run: ")]
     chosen += [block for block in page_blocks("CONTRIBUTING.md") if block.comment == "run"]

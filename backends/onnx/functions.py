@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx
 from onnx import helper
 
 from deltaloom.backends.onnx.body import Body
+from deltaloom.backends.onnx.profiles import Profile
 from deltaloom.graph.errors import ExportError
 from deltaloom.graph.ir import Value
 from deltaloom.graph.op import Op
@@ -20,10 +21,10 @@ DOMAIN = "deltaloom"
 
 
 class Library:
-    """Functions made so far. ``opset`` is the version of the standard ops that bodies may use."""
+    """Functions made so far. ``profile`` says which ops bodies may use."""
 
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
         self._made: dict[tuple[Op, tuple[TensorType, ...]], tuple[str, dict[str, Any], tuple[TensorType, ...]]] = {}
         self._by_body: dict[tuple[str, bytes], str] = {}
         self.functions: dict[str, onnx.FunctionProto] = {}
@@ -72,9 +73,8 @@ class Library:
 
     def _add(self, op: Op, inputs: Sequence[str], outputs: Sequence[str], body: Body) -> str:
         """Put the function of ``op`` into the model, under a name of its own if there is another body of that op."""
-        imports = [helper.make_opsetid("", self.opset)]
-        if any(node.domain == DOMAIN for node in body.nodes):
-            imports.append(helper.make_opsetid(DOMAIN, 1))
+        domains = sorted(domains_of(body.nodes) - {""})
+        imports = [helper.make_opsetid("", self.profile.opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
         doc = (type(op).__doc__ or "").strip().splitlines()
         made = helper.make_function(
             DOMAIN, type(op).__name__, inputs, outputs, body.nodes, imports, list(body.used), doc_string=doc[0] if doc else ""
@@ -86,6 +86,14 @@ class Library:
             made.name = self._by_body[key]
             self.functions[made.name] = made
         return self._by_body[key]
+
+
+def domains_of(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """The domains of nodes, and of those in the bodies of Scan, Loop and If."""
+    found = set()
+    for node in nodes:
+        found |= {node.domain}.union(*(domains_of(attribute.g.node) for attribute in node.attribute))
+    return found
 
 
 def input_names(op: Op, count: int) -> list[str]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from deltaloom.runtime.compile import CompiledModel, compile
     from deltaloom.runtime.llm import LLM
     from deltaloom.runtime.load import build_graph, load
+    from deltaloom.runtime.onnx_export import export_onnx
     from deltaloom.runtime.params import SamplingParams
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "SamplingParams",
     "build_graph",
     "compile",
+    "export_onnx",
     "load",
 ]
 
@@ -43,6 +45,7 @@ _MODULES = {
     "SamplingParams": "deltaloom.runtime.params",
     "build_graph": "deltaloom.runtime.load",
     "compile": "deltaloom.runtime.compile",
+    "export_onnx": "deltaloom.runtime.onnx_export",
     "load": "deltaloom.runtime.load",
 }
 

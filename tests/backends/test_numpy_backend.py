@@ -55,7 +55,7 @@ def test_host_arrays_are_its_tensors():
 
 
 def test_an_unknown_backend_names_those_there_are():
-    with pytest.raises(CompileError, match="no backend 'cudda'; known are numpy, torch, inductor"):
+    with pytest.raises(CompileError, match="no backend 'cudda'; known are numpy, torch, inductor, cuda, onnx"):
         backend("cudda")
 
 

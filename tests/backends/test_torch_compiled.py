@@ -23,8 +23,15 @@ def inductor():
     return InductorBackend("cpu")
 
 
-@pytest.mark.parametrize("dtype", (f64, f32, bf16), ids=str)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+KERNELS_OF_DTYPES = [
+    pytest.param(kernel, dtype, id=f"{kernel.name}-{dtype}")
+    for kernel in KERNELS
+    for dtype in (f64, f32, bf16)
+    if dtype == f32 or "bfloat16" not in kernel.name  # weights in bfloat16 stand beside float32
+]
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_OF_DTYPES)
 def test_kernel_agrees_with_reference(kernel, dtype, inductor):
     accepted = 0
     for seed in range(40):

@@ -57,3 +57,22 @@ def test_experts_in_a_compiled_segment_are_one_call(form, plain):
     found = torch.compile(segment, fullgraph=True, backend="aot_eager")(*inputs)
     want = MoEExperts().reference(x.astype(np.float64), weights.astype(np.float64), ids, *stored)
     np.testing.assert_allclose(found, 2 * want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_rows_beside_weights_in_bfloat16_are_not_rounded(tokens):
+    """Compiled as loops for one row, widened for more: either way far nearer the truth than a row in bfloat16 would be."""
+    gate_up, down = quantised(bf16, 5, 96, 80), quantised(bf16, 5, 80, 48)
+    x, ids = RNG.standard_normal((1, tokens, 80)).astype(np.float32), RNG.integers(0, 5, (1, tokens, 2)).astype(np.int32)
+    weights = RNG.random((1, tokens, 2)).astype(np.float32)
+
+    def segment(x, weights, ids, gate_up, down):
+        mixed = quantized_compiled.bfloat16_moe_experts(MoEExperts(), x, weights, ids, gate_up, down)
+        return quantized_compiled.bfloat16_linear(Linear(), mixed, gate_up[0], x[..., :1])
+
+    torch.compiler.reset()
+    inputs = [BACKEND.from_host(array) for array in (x, weights, ids, gate_up, down)]
+    found = torch.compile(segment, fullgraph=True, backend="aot_eager")(*inputs)
+    mixed = MoEExperts().reference(x.astype(np.float64), weights.astype(np.float64), ids, gate_up, down)
+    want = mixed @ gate_up[0].astype(np.float64).T + x[..., :1]
+    np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())

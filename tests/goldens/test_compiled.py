@@ -14,7 +14,7 @@ INDUCTOR_QUICK = ("next_base", "next_dense_mix", "qwen3_moe")
 
 def engines() -> list[object]:
     """(backend, case) pairs; torch.compile is slow, so most of its cases run under ``make test-all`` only."""
-    quick = [pytest.param(b, case, id=f"{b}-{case}") for b in ("numpy", "torch") for case in cases()]
+    quick = [pytest.param(b, case, id=f"{b}-{case}") for b in ("numpy", "torch", "onnx") for case in cases()]
     for case in cases():
         slow = case.variant not in INDUCTOR_QUICK
         quick.append(pytest.param("inductor", case, id=f"inductor-{case}", marks=[pytest.mark.slow] if slow else []))
@@ -48,7 +48,7 @@ def test_every_stage_agrees(backend: str, case: Case) -> None:
         np.testing.assert_array_equal(out.logits[real].argmax(-1), stage.logits[real].argmax(-1))
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["numpy", "torch", "onnx", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", cases("next_mtp"), ids=str)
 def test_mtp_rounds_agree_and_drafts_roll_back(backend: str, case: Case) -> None:
     model = model_of(case.variant, backend)

@@ -1,4 +1,4 @@
-"""The torch backend on a GPU, where there is one: goldens in float32 and the tiny model's references, token for token."""
+"""The torch and cuda backends on a GPU, where there is one: goldens in float32 and the tiny model's references, token for token."""
 
 import json
 from functools import cache
@@ -22,18 +22,23 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
-pytestmark = pytest.mark.skipif(gpus() == 0, reason="needs an NVIDIA GPU")
-ON_GPU = CompileConfig(backends=("torch",), device="cuda", dtype="float32")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpus() == 0, reason="needs an NVIDIA GPU")]
+BACKENDS = ("torch", "cuda")
+
+
+def on_gpu(backend: str) -> CompileConfig:
+    return CompileConfig(backends=(backend,), device="cuda", dtype="float32")
 
 
 @cache
-def model_of(variant: str) -> Model:
-    return deltaloom.load(cases(variant)[0].folder, config=ON_GPU)
+def model_of(variant: str, backend: str) -> Model:
+    return deltaloom.load(cases(variant)[0].folder, config=on_gpu(backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_every_stage_agrees(case: Case) -> None:
-    model = model_of(case.variant)
+def test_every_stage_agrees(case: Case, backend: str) -> None:
+    model = model_of(case.variant, backend)
     state = None
     for stage in walk(case):
         state = state or model.new_state(len(stage.token_ids))
@@ -42,16 +47,18 @@ def test_every_stage_agrees(case: Case) -> None:
         compare(case, stage, logits=out.logits, hidden=out.hidden_states, state=state.arrays().__getitem__)
 
 
-def test_the_references_are_reproduced() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_references_are_reproduced(backend: str) -> None:
     items = json.loads((FOLDER / "tiny_next" / "reference_generations.json").read_text())["items"]
-    llm = deltaloom.LLM("tiny-next", config=ON_GPU)
+    llm = deltaloom.LLM("tiny-next", config=on_gpu(backend))
     params = deltaloom.SamplingParams(max_tokens=64, temperature=0)
     results = llm.generate([item["prompt_ids"] for item in items], params)
     assert [list(r.outputs[0].token_ids) for r in results] == [item["output_ids"] for item in items]
 
 
-def test_auto_is_the_checkpoints_dtype_on_a_gpu() -> None:
-    model = deltaloom.load("tiny-next", config=CompileConfig(backends=("torch",), device="cuda"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_auto_is_the_checkpoints_dtype_on_a_gpu(backend: str) -> None:
+    model = deltaloom.load("tiny-next", config=CompileConfig(backends=(backend,), device="cuda"))
     assert model.ctx.config.dtype == "bfloat16"
     out = model.forward(np.arange(5, 45)[None])
     exact = deltaloom.load("tiny-next", backend="numpy").forward(np.arange(5, 45)[None])

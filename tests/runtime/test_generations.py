@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deltaloom.passes.config import CompileConfig
+from deltaloom.passes.driver import Variant
 from deltaloom.runtime.llm import LLM
 from deltaloom.runtime.params import SamplingParams
 
@@ -17,16 +18,26 @@ GREEDY = SamplingParams(max_tokens=64, temperature=0)
 STORIES = ["Once upon a time", "<|im_start|>user\nTell me about a cat.<|im_end|>\n<|im_start|>assistant\n", "The"]
 
 
-@pytest.fixture(scope="module", params=["numpy", "torch"])
+@pytest.fixture(scope="module", params=["numpy", "torch", "onnx"])
 def llm(request: pytest.FixtureRequest) -> LLM:
     # one thread: the model is so small that torch's threads only wait for one another
     return made(request.param)
 
 
 def made(backend: str) -> LLM:
-    if backend != "numpy":
-        pytest.importorskip("torch")
+    for package in {"numpy": (), "onnx": ("onnx", "onnxruntime")}.get(backend, ("torch",)):
+        pytest.importorskip(package)
     return LLM("tiny-next", backend=backend, dtype="float32", config=CompileConfig(threads=1))
+
+
+def test_a_model_on_onnx_runtime_and_numpy_by_turns_reproduces_the_references() -> None:
+    pytest.importorskip("onnxruntime")
+    config = CompileConfig(["onnx", "numpy"], threads=1, kernels={"linear": ["numpy"], "shared_moe": ["numpy"]})
+    llm = LLM("tiny-next", dtype="float32", config=config)
+    source = llm.model.main.program(Variant(True, False, ("logits",))).source
+    assert "numpy_linear" in source and "onnx_gated_attention_portable" in source
+    one_by_one(llm, ITEMS[::4])
+    in_mixed_batches(llm, 8)
 
 
 def test_there_are_forty_references_of_many_lengths() -> None:
@@ -49,8 +60,8 @@ def test_the_references_are_reproduced_in_mixed_batches_of_eight(llm: LLM) -> No
     in_mixed_batches(llm)
 
 
-def in_mixed_batches(llm: LLM) -> None:
-    shuffled = random.Random(8).sample(ITEMS, len(ITEMS))
+def in_mixed_batches(llm: LLM, count: int = len(ITEMS)) -> None:
+    shuffled = random.Random(8).sample(ITEMS, count)
     for start in range(0, len(shuffled), 8):
         batch = shuffled[start : start + 8]
         results = llm.generate([item["prompt_ids"] for item in batch], GREEDY)
@@ -62,8 +73,9 @@ def test_all_references_in_one_call_come_back_in_the_order_asked(llm: LLM) -> No
     assert [result.outputs[0].token_ids for result in results] == [item["output_ids"] for item in ITEMS[:20]]
 
 
-def test_the_same_seed_gives_the_same_text_on_both_backends_and_in_any_company() -> None:
-    one, other = made("numpy"), made("torch")
+@pytest.mark.parametrize("other_backend", ["torch", "onnx"])
+def test_the_same_seed_gives_the_same_text_on_both_backends_and_in_any_company(other_backend: str) -> None:
+    one, other = made("numpy"), made(other_backend)
     texts = set()
     for seed in range(3):
         params = SamplingParams(max_tokens=32, temperature=0.7, seed=seed, n=2)

@@ -55,7 +55,7 @@ def test_the_emitted_source_runs_as_it_stands(backend: str) -> None:
     program = model.main.program(variant)
     space: dict[str, Any] = {}
     exec(compile(program.source, "pasted.py", "exec"), space)
-    _, weights = model.main._bound(variant)
+    _, weights = model.main.bound(variant)
     home = model.ctx.backends[0]
     given = [home.from_host(a) for a in (tokens(1), np.full((2, 1), 9))]
     buffers = () if program.memory is None else (no_buffers(program),)

@@ -31,7 +31,8 @@ def session(tmp_path_factory):
     result = export_onnx("tiny-next", path)
     assert result.weights == "copy" and (result.opset, result.ir_version) == (21, 10)
     onnx.checker.check_model(path, full_check=True)
-    assert sorted(file.name for file in path.parent.iterdir()) == ["tiny.derived.safetensors", "tiny.onnx"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["tiny.derived.safetensors", "tiny.onnx", "tiny.safetensors"]
+    assert {path.parent / "tiny.derived.safetensors", path.parent / "tiny.safetensors", path} == set(result.files)
     return opened(path)
 
 
@@ -103,7 +104,7 @@ def test_in_the_checkpoints_folder_its_own_files_are_referred_to_and_stay_as_the
     result = export_onnx(checkpoint, checkpoint / "model.onnx")
     assert result.weights == "reference" and (checkpoint / "model.safetensors").read_bytes() == before
     assert (checkpoint / "model.derived.safetensors").exists()
-    assert "lm_head.weight" not in result.extra and "model.norm.one_plus" in result.extra
+    assert "lm_head.weight" not in result.derived and "model.norm.one_plus" in result.derived
     onnx.checker.check_model(checkpoint / "model.onnx", full_check=True)
     np.testing.assert_array_equal(whole_logits(opened(checkpoint / "model.onnx")), whole_logits(session))
 
@@ -119,17 +120,3 @@ def test_weights_can_be_inputs(session, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.onnx"]
     more = set(result.inputs) - {given.name for given in session.get_inputs()}
     assert "lm_head.weight" in more and "model.layers.0.linear_attn.conv1d.weight" in more
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "message"),
-    [
-        ("model.safetensors", "auto", "model.safetensors is a file of the checkpoint; give the model another name"),
-        ("model.onnx", "everywhere", "weights is 'everywhere', expected auto, reference, copy, inline, none"),
-    ],
-)
-def test_requests_that_cannot_be_met_leave_the_folder_alone(checkpoint, name, weights, message):
-    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
-    with pytest.raises(ExportError, match=message):
-        export_onnx(checkpoint, checkpoint / name, weights=weights)
-    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before

@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 
 import numba
 import numba.core.config
+import numpy as np
+from numba import types
+from numba.np.numpy_support import as_dtype
 
 from deltaloom.passes.cache import CacheWarning, default_folder, folder_fault
 
@@ -44,9 +47,23 @@ def compiled(signature: Any) -> Callable[[F], F]:
             except UNREADABLE as error:
                 _warn(f"numba's cache of {function.__name__} cannot be read: {error}; it is compiled, and not kept, at every start")
                 made = numba.njit(signature, **OPTIONS)(function)
+        _call_on_nothing(made, signature)
         return made
 
     return compile_now
+
+
+def _call_on_nothing(function: Callable[..., Any], signature: Any) -> None:
+    """A call of ``start`` and ``stop`` 0, on one thread. At the first call numba looks up which conversions an array that may be
+    written needs to be taken as one that is only read; if two threads make that call at once, the later one finds nothing new and
+    raises ``TypeError``."""
+    values: list[Any] = []
+    for given in signature.args:
+        if isinstance(given, types.Array):
+            values.append(np.zeros((1,) * given.ndim, as_dtype(given.dtype)))
+        else:
+            values.append((0.0,) * given.count if isinstance(given, types.UniTuple) else 0)
+    function(*values)
 
 
 def inlined(function: F) -> F:

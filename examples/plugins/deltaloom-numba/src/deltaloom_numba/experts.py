@@ -9,10 +9,10 @@ from deltaloom.backends.numpy.elementwise import by_rows, one_plus_exp_negative,
 from deltaloom.backends.numpy.quantized import routed
 from deltaloom.graph.op import Array, Op
 from deltaloom.graph.types import f32
-from deltaloom.passes.kernel import dtype_in
+from deltaloom.passes.kernel import dtype_in, weights_in_bfloat16
 from deltaloom_numba.linear import FEW_ROWS, linear, multiply
 from deltaloom_numba.loops import expert_inner, expert_outer
-from deltaloom_numba.table import bits, shared, table, weights_in_bfloat16
+from deltaloom_numba.table import bits, shared, table
 
 WHEN = (dtype_in("x", f32), weights_in_bfloat16)
 

@@ -14,9 +14,9 @@ from deltaloom.backends.numpy.linear import WORK
 from deltaloom.backends.numpy.threads import slices, team
 from deltaloom.graph.op import Array, Op
 from deltaloom.graph.types import f32
-from deltaloom.passes.kernel import dtype_in
+from deltaloom.passes.kernel import dtype_in, weights_in_bfloat16
 from deltaloom_numba.loops import multiply_rows, widen
-from deltaloom_numba.table import bits, shared, table, weights_in_bfloat16
+from deltaloom_numba.table import bits, shared, table
 
 FEW_ROWS = 8
 """Rows of x, or tokens, up to which the loops are faster than BLAS with weights that are widened for it."""

@@ -7,26 +7,14 @@ from collections.abc import Callable
 import numpy as np
 
 from deltaloom.backends.numpy.threads import share
-from deltaloom.graph.ir import Node
 from deltaloom.graph.op import Array
-from deltaloom.graph.types import bf16
-from deltaloom.ops.quantized import READERS
-from deltaloom.passes.kernel import KernelTable, input_type
+from deltaloom.passes.kernel import KernelTable
 
 table = KernelTable("numba")
 
 STREAM = 1 << 22
 """Weights from which reading them is worth two threads: one core reads 18e9 a second from memory (so 230 us), two 21e9 to 23e9,
 and to hand work over takes 20 to 45 us."""
-
-
-def weights_in_bfloat16(node: Node) -> str | None:
-    """A guard: all weights of the node are bfloat16."""
-    for name in READERS[node.op.name]:
-        found = input_type(node, name).dtype
-        if found != bf16:
-            return f"{name} is {found}, not bf16; --quantise bf16 makes it so"
-    return None
 
 
 def bits(weight: Array) -> Array:

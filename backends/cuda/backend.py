@@ -1,0 +1,90 @@
+"""The cuda backend: the kernels of this folder, then torch's for what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from deltaloom.backends.cuda import attention, delta_net, linear, moe, norm, rope, router
+from deltaloom.backends.cuda.step import DecodeStep
+from deltaloom.backends.cuda.table import interpreted, table
+from deltaloom.backends.torch.backend import COMPUTE, TorchBackend
+from deltaloom.backends.torch.portable import portable_kernels
+from deltaloom.backends.torch.table import table as torch_table
+from deltaloom.graph.errors import CompileError
+from deltaloom.graph.types import DType, f64
+from deltaloom.passes.emit import Program
+from deltaloom.passes.kernel import Kernel
+
+FAMILIES = (attention, delta_net, linear, moe, norm, rope, router)
+"""The files whose kernels are in the table once they are imported."""
+
+
+class CudaBackend(TorchBackend):
+    """Triton kernels and torch on one GPU ("cuda", "cuda:1"; the default is the first).
+
+    Where Triton's interpreter is switched on (TRITON_INTERPRET=1) it also runs on "cpu", slowly: for tests."""
+
+    name = "cuda"
+
+    def __init__(self, device: str | None = None, threads: int | None = None) -> None:
+        """Raises ``CompileError`` without the GPU that is asked for."""
+        found = device or "cuda"
+        if found == "cpu" and not interpreted():
+            raise CompileError(
+                "backend cuda runs on an NVIDIA GPU, not on 'cpu'; give it one (--device cuda), or use the backend torch there"
+            )
+        super().__init__(found, threads)
+
+    @cached_property
+    def _kernels(self) -> list[Kernel]:
+        own = {kernel.op for kernel in table.kernels if not kernel.when}
+        others = [
+            replace(kernel, backend=self.name, title=f"torch_{kernel.title or kernel.run.__name__}")
+            for kernel in torch_table.kernels
+            if kernel.op not in own
+        ]
+        return [*table.kernels, *others, *portable_kernels(self.name, appending=self._appending)]
+
+    def compute_dtype(self, wanted: str) -> DType:
+        """float32, bfloat16 or float16. ``CompileError`` for anything else."""
+        found = super().compute_dtype(wanted)
+        if found == f64:
+            known = ", ".join(name for name in COMPUTE if name != f64.long_name)
+            raise CompileError(f"backend cuda cannot compute in '{wanted}'; it can in {known}; the backend torch can")
+        return found
+
+    def decode_step(
+        self,
+        program: Program,
+        weights: Mapping[str, tuple[Any, ...]],
+        fixed: Mapping[str, tuple[Any, ...]],
+        append: Mapping[str, tuple[Any, ...]],
+        *,
+        batch: int,
+        max_blocks: int,
+        allowed: int | None,
+        sampled: bool,
+    ) -> DecodeStep:
+        """The recorded step of a serving program (``RecordsSteps``)."""
+        made = DecodeStep(
+            program,
+            weights,
+            fixed,
+            append,
+            batch=batch,
+            max_blocks=max_blocks,
+            device=self._device,
+            allowed=allowed,
+            sampled=sampled,
+        )
+        made.record()
+        return made
+
+    def finish(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """In inference mode."""
+        return torch.inference_mode()(function)

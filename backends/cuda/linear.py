@@ -1,0 +1,144 @@
+"""Matrix products: cuBLAS where it is best, own kernels for few rows and for FP8 weights.
+
+x [..., in], weight [out, in]. Floor: the weight read once, out in itemsize bytes. For one row the sum is taken on the ordinary
+units, for some rows tiles go to the matrix units; FP8 codes are widened in registers, so only a byte a weight crosses memory.
+"""
+
+from __future__ import annotations
+
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.functional import linear as torch_linear
+
+from deltaloom.backends.cuda.quantized import BLOCK, parts, plain_or_fp8
+from deltaloom.backends.cuda.table import floats, interpreted, power, table
+from deltaloom.graph.op import Op
+from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.ops.quantized import plain_tensor
+from deltaloom.passes.kernel import absent, is_param
+
+FEW = 64
+"""Rows up to which an FP8 weight is multiplied as it lies; for more it is widened once."""
+
+SMALL = 1 << 21
+"""Elements of a weight up to which some rows are no work for cuBLAS, which takes two launches for it."""
+
+PLAIN_BLOCK = 128
+ONE_WARPS = 4
+
+LONGEST = 4096
+"""Columns of a row that a program reads at once."""
+
+ONE_SHOT = 16384
+"""Weights that a program reads at once."""
+
+
+@triton.jit
+def _one_row(
+    x: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FP8: tl.constexpr,
+) -> None:
+    """ROWS elements of y = weight x."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, width, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        known = column < width
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        w = tl.load(weight + place, inside[:, None] & known[None, :], other=0.0).to(tl.float32)
+        f = tl.load(x + column, known, other=0.0).to(tl.float32)
+        if FP8:
+            block = (tl.program_id(0) * ROWS // 128) * ((width + 127) // 128)
+            f = f * tl.load(scale + block + column // 128, known, other=0.0)
+        total += tl.sum(w * f[None, :], 1)
+    tl.store(y + row, total.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _few_rows(
+    x: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    y: tl.tensor,
+    count: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FP8: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    """ROWS columns of y [count, rows] = x [count, width] weight^T."""
+    row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COUNT)
+    inside, real = row < rows, at < count
+    total = tl.zeros([COUNT, ROWS], tl.float32)
+    for start in range(0, width, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        known = column < width
+        f = tl.load(x + at[:, None] * width + column[None, :], real[:, None] & known[None, :], other=0.0)
+        place = row[None, :].to(tl.int64) * width + column[:, None]
+        w = tl.load(weight + place, inside[None, :] & known[:, None], other=0.0)
+        if WIDEN:
+            part = tl.dot(f.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+        else:
+            part = tl.dot(f, w.to(f.dtype), input_precision="ieee")
+        if FP8:
+            block = (tl.program_id(0) * ROWS // 128) * ((width + 127) // 128)
+            part = part * tl.load(scale + block + start // 128)
+        total += part
+    tl.store(y + at[:, None] * rows + row[None, :], total.to(y.dtype.element_ty), real[:, None] & inside[None, :])
+
+
+@table.kernel("linear", when=(absent("bias"), floats("x"), plain_or_fp8("weight")), quantised=True)
+def linear(op: Op, x: torch.Tensor, weight: torch.Tensor | QuantizedArray) -> torch.Tensor:
+    """One row: own kernel. More: cuBLAS; FP8 weights by the matrix units up to 64 rows, then widened as a whole."""
+    flat = x.reshape(-1, x.shape[-1])
+    count, width = flat.shape
+    rows, fp8 = weight.shape[0], isinstance(weight, QuantizedArray)
+    if count > FEW:
+        return torch_linear(x, plain_tensor(torch, weight, x.dtype))
+    if count > 1 and not fp8 and rows * width > SMALL:
+        return torch_linear(x, weight)  # type: ignore[arg-type]
+    flat = flat.contiguous()
+    y = x.new_empty(count, rows)
+    if count == 1:
+        block = min(LONGEST, power(width))
+        step = max(1, min(128, ONE_SHOT // block))
+        grid = (triton.cdiv(rows, step),)
+        _one_row[grid](flat, *parts(weight), y, rows, width, ROWS=step, WIDTH=block, FP8=fp8, num_warps=ONE_WARPS)
+    else:
+        step = 16 if rows <= 4096 else 32
+        block = BLOCK if fp8 else PLAIN_BLOCK
+        _few_rows[(triton.cdiv(rows, step),)](
+            flat,
+            *parts(weight),
+            y,
+            count,
+            rows,
+            width,
+            COUNT=max(16, power(count)),
+            ROWS=step,
+            WIDTH=block,
+            FP8=fp8,
+            WIDEN=interpreted(),
+            num_warps=4,
+            num_stages=4,
+        )
+    return y.view(*x.shape[:-1], rows)
+
+
+@table.kernel("linear", when=(is_param("weight"),), quantised=True)
+def linear_torch(op: Op, x: torch.Tensor, weight: torch.Tensor | QuantizedArray, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """By cuBLAS, for any dtype, form and bias; a weight in another form is widened at each call."""
+    return torch_linear(x, plain_tensor(torch, weight, x.dtype), bias)

@@ -1,0 +1,181 @@
+"""Routed experts and the shared one, for few tokens: a program a chosen expert, without sorting.
+
+x [1, tokens, H]; weights, ids [1, tokens, k]; gate [1, tokens, 1]; gate_up [E, 2 I, H]; down [E, H, I]; shared_gate_up [2 S, H];
+shared_down [H, S]. Floor: every distinct chosen expert read once, 3 I H itemsize bytes (6.3 MB in bfloat16 for the 80B), and the
+shared one. Three launches: ``_inner`` gives silu(gate) * up of every token and expert, ``_outer`` the products with ``down``, and
+``combine`` their weighted sum. An expert that several tokens chose is read by each; up to some tokens that is rare, and then it is
+likely still in the L2 cache.
+"""
+
+from __future__ import annotations
+
+
+import torch
+import triton
+import triton.language as tl
+
+from deltaloom.backends.cuda.moe_sorted import combine, shared_moe_sorted
+from deltaloom.backends.cuda.quantized import parts, plain_or_fp8, whole_blocks
+from deltaloom.backends.cuda.table import at_most, floats, power, table
+from deltaloom.graph.op import Op
+from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.passes.kernel import dtype_in, is_param
+from deltaloom.graph.types import i32
+
+FEW = 12
+"""Tokens up to which experts are not sorted."""
+
+ROWS, OUTPUTS = 4, 16
+"""Numbers that a program of the first and of the second product gives; all that it reads is on its way at once."""
+
+LONGEST = 2048
+"""Columns of a matrix that a program reads at once."""
+
+WARPS = 4
+
+Weight = torch.Tensor | QuantizedArray
+
+
+@triton.jit
+def _rows(
+    x: tl.tensor,
+    weight: tl.tensor,
+    scale: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    inside: tl.tensor,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FP8: tl.constexpr,
+) -> tl.tensor:
+    """Rows ``first`` to ``first + ROWS`` of a matrix [.., width] times x [width], in float32."""
+    row = first + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, width, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        known = column < width
+        w = tl.load(weight + row[:, None] * width + column[None, :], inside[:, None] & known[None, :], other=0.0)
+        f = tl.load(x + column, known, other=0.0).to(tl.float32)
+        if FP8:
+            f = f * tl.load(scale + (first // 128) * ((width + 127) // 128) + column // 128, known, other=0.0)
+        total += tl.sum(w.to(tl.float32) * f[None, :], 1)
+    return total
+
+
+@triton.jit
+def _inner(
+    x: tl.tensor,
+    ids: tl.tensor,
+    gate_up: tl.tensor,
+    gate_up_scale: tl.tensor,
+    shared: tl.tensor,
+    shared_scale: tl.tensor,
+    inner: tl.tensor,
+    k: tl.tensor,
+    hidden: tl.tensor,
+    intermediate: tl.tensor,
+    shared_width: tl.tensor,
+    room: tl.tensor,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FP8: tl.constexpr,
+) -> None:
+    """ROWS numbers of silu(gate) * up of one token and one of its k + 1 experts, of which the last is the shared one."""
+    pair, first = tl.program_id(1), tl.program_id(0) * ROWS
+    dtype = inner.dtype.element_ty
+    token, rank = pair // (k + 1), pair % (k + 1)
+    row = x + token.to(tl.int64) * hidden
+    at = first + tl.arange(0, ROWS)
+    matrix, scale, size = shared, shared_scale, shared_width
+    if rank < k:
+        expert = tl.load(ids + token * k + rank).to(tl.int64)
+        matrix = gate_up + expert * 2 * intermediate * hidden
+        scale = gate_up_scale + expert * ((2 * intermediate + 127) // 128) * ((hidden + 127) // 128)
+        size = intermediate
+    if first < size:
+        inside = at < size
+        gate = _rows(row, matrix, scale, first, hidden, inside, ROWS, WIDTH, FP8)
+        up = _rows(row, matrix, scale, size + first, hidden, inside, ROWS, WIDTH, FP8).to(dtype).to(tl.float32)
+        gate = gate.to(dtype).to(tl.float32)
+        value = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+        tl.store(inner + pair.to(tl.int64) * room + at, value.to(dtype), inside)
+
+
+@triton.jit
+def _outer(
+    inner: tl.tensor,
+    ids: tl.tensor,
+    down: tl.tensor,
+    down_scale: tl.tensor,
+    shared: tl.tensor,
+    shared_scale: tl.tensor,
+    results: tl.tensor,
+    k: tl.tensor,
+    hidden: tl.tensor,
+    intermediate: tl.tensor,
+    shared_width: tl.tensor,
+    room: tl.tensor,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FP8: tl.constexpr,
+) -> None:
+    """ROWS outputs of one token's expert, or of the shared one."""
+    pair, first = tl.program_id(1), tl.program_id(0) * ROWS
+    token, rank = pair // (k + 1), pair % (k + 1)
+    at = first + tl.arange(0, ROWS)
+    inside = at < hidden
+    matrix, scale, size = shared, shared_scale, shared_width
+    if rank < k:
+        expert = tl.load(ids + token * k + rank).to(tl.int64)
+        matrix = down + expert * hidden * intermediate
+        scale = down_scale + expert * ((hidden + 127) // 128) * ((intermediate + 127) // 128)
+        size = intermediate
+    total = _rows(inner + pair.to(tl.int64) * room, matrix, scale, first, size, inside, ROWS, WIDTH, FP8)
+    tl.store(results + pair.to(tl.int64) * hidden + at, total.to(results.dtype.element_ty), inside)
+
+
+WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
+
+
+@table.kernel(
+    "shared_moe",
+    when=(
+        floats("x"),
+        *map(is_param, WEIGHTS),
+        plain_or_fp8(*WEIGHTS),
+        whole_blocks("gate_up", 1, 256),
+        whole_blocks("shared_gate_up", 0, 256),
+        at_most("ids", 2, 64),
+    ),
+    quantised=True,
+)
+def shared_moe(
+    op: Op,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
+    shared_gate_up: Weight,
+    shared_down: Weight,
+) -> torch.Tensor:
+    """Few tokens each for itself, more sorted by expert."""
+    rows, k = x.reshape(-1, x.shape[-1]).contiguous(), ids.shape[-1]
+    tokens, hidden = rows.shape
+    weights, ids, gate = weights.contiguous(), ids.contiguous(), gate.contiguous()
+    if tokens > FEW:
+        return shared_moe_sorted(rows, weights, ids, gate, gate_up, down, shared_gate_up, shared_down).view(x.shape)
+    intermediate, shared = down.shape[2], shared_down.shape[1]
+    room, pairs, fp8 = max(intermediate, shared), tokens * (k + 1), isinstance(gate_up, QuantizedArray)
+    inner, results, y = rows.new_empty(pairs, room), rows.new_empty(pairs, hidden), torch.empty_like(rows)
+    sizes = (k, hidden, intermediate, shared, room)
+    width, inner_width = min(LONGEST, power(hidden)), min(LONGEST, power(room))
+    _inner[(triton.cdiv(room, ROWS), pairs)](
+        rows, ids, *parts(gate_up), *parts(shared_gate_up), inner, *sizes, ROWS=ROWS, WIDTH=width, FP8=fp8, num_warps=WARPS
+    )
+    _outer[(triton.cdiv(hidden, OUTPUTS), pairs)](
+        inner, ids, *parts(down), *parts(shared_down), results, *sizes, ROWS=OUTPUTS, WIDTH=inner_width, FP8=fp8, num_warps=WARPS
+    )
+    combine(results, weights, gate, results[k:], y, (k + 1) * hidden, (k + 1) * hidden)
+    return y.view(x.shape)
