@@ -143,7 +143,9 @@ def check(arguments, shape, quantise, pools, step) -> None:
         weights = weights_of(program, tensors.read, {})
         slots = {prefix: signature.fixed for prefix, signature in program.by_prefix().items()}
         fixed = {
-            prefix: tuple(pool.to(getattr(torch, slot.type.plain_dtype.long_name), copy=True) for pool, slot in zip(group, slots[prefix]))
+            prefix: tuple(
+                pool.to(getattr(torch, slot.type.plain_dtype.long_name), copy=True) for pool, slot in zip(group, slots[prefix])
+            )
             for prefix, group in kept.items()
         }
         inputs = [given[value.name] for value in program.graph.inputs]

@@ -112,7 +112,7 @@ class Executor:
         )
         state.layout = self._layout
 
-    def bound(self, variant: Variant) -> tuple[Program, dict[str, tuple[Tensor, ...]]]:
+    def bound(self, variant: AnyVariant) -> tuple[Program, dict[str, tuple[Tensor, ...]]]:
         """The compiled program of a variant, and its weights by call prefix, in the order of its signatures."""
         program = self.driver.program(variant)
         if variant not in self._weights:

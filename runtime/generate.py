@@ -147,7 +147,8 @@ def _decode_recorded(
 
 
 def _needs_host(params: ResolvedParams) -> bool:
-    """Whether a token of the request depends on more than its own logits and a random number, or more than the token is asked for."""
+    """Whether a token of the request depends on more than its own logits and a random number, or more than the token is asked
+    for."""
     return params.penalised or bool(params.logit_bias) or params.logprobs is not None or params.min_tokens > 0
 
 

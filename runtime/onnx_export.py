@@ -144,6 +144,7 @@ def _export(source: Source, target: Path, request: _Request) -> ExportResult:
     found = [_model(_chosen(flat, request), target, source, request)]
     mtp = MTP_FILE if request.mtp else None
     if mtp is not None:
+        require(target.name != mtp, f"{mtp} is the name of the MTP head's file; give the model another one", ExportError)
         found.insert(0, _mtp(source, target.with_name(mtp), request))
     writers = {file: write for one in found for file, write in one.writers.items()}
     if request.genai_config:

@@ -1,7 +1,7 @@
 """Decoding by recorded steps: the rows of a prefilled state move into pools, and the device goes from token to token by itself.
 
-The host sees tokens one step late: while it looks at those of a step, the next is under way. A row that has ended then has taken one
-step too many, whose token nobody gets.
+The host sees tokens one step late: while it looks at those of a step, the next is under way. A row that has ended then has taken
+one step too many, whose token nobody gets.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def records(executor: Executor) -> bool:
 
 
 class RecordedRows:
-    """Rows that decode by recorded steps. Row r has slot r + 1, and block 1 + j rows + r for its positions from j block sizes on, so
-    that a larger pool keeps all numbers."""
+    """Rows that decode by recorded steps. Row r has slot r + 1, and block 1 + j rows + r for its positions from j block sizes on,
+    so that a larger pool keeps all numbers."""
 
     def __init__(self, executor: Executor, state: ModelState, *, allowed: int | None, draws: Mapping[str, Array]) -> None:
         """The rows of ``state``, whose padding is left behind. ``draws``: the inputs of rows that are drawn by name; none where all
@@ -171,4 +171,3 @@ class RecordedRows:
                     at = np.arange(len(entries))
                     blocks = (1 + at // BLOCK_SIZE * self._batch + row).tolist()
                     pool[blocks, :, (at % BLOCK_SIZE).tolist()] = entries
-

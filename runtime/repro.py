@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 
 import deltaloom.passes.fuse
-from deltaloom import __version__
 from deltaloom.backends import backend as make_backend
 from deltaloom.graph.dims import Expr
 from deltaloom.graph.errors import ConfigError, DeltaloomError, require

@@ -1,4 +1,4 @@
-"""Imports go one way: graph <- ops <- passes <- backends, models <- runtime <- cli; torch stays in backends/torch."""
+"""Imports go one way: graph <- ops <- passes <- backends, models <- runtime <- cli; torch stays in backends/torch and cuda."""
 
 import ast
 import re

@@ -9,7 +9,6 @@ from: nobody reads what it writes.
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl

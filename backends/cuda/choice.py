@@ -1,6 +1,7 @@
 """The end of a decode step: the likeliest token of each row, and the inputs of the next step.
 
-logits [rows, vocab]. Floor: they are read once. Two launches: ``_best`` has a program for a part of a row, ``_advance`` one for a row.
+logits [rows, vocab]. Floor: they are read once. Two launches: ``_best`` has a program for a part of a row, ``_advance`` one for a
+row.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def _advance(
 def advance(
     logits: torch.Tensor, allowed: int | None, chosen: torch.Tensor | None, kept: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> None:
-    """Choose a token of each row of ``logits`` [rows, vocab], the likeliest below ``allowed`` unless ``chosen`` says which, and move
-    ``inputs`` on to the next step. ``kept`` gets the tokens, -1 where a logit is not finite."""
+    """Choose a token of each row of ``logits`` [rows, vocab], the likeliest below ``allowed`` unless ``chosen`` says which, and
+    move ``inputs`` on to the next step. ``kept`` gets the tokens, -1 where a logit is not finite."""
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, PART)
     values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)

@@ -1,14 +1,13 @@
 """The gated delta net of one token a sequence between its projections, as one launch: convolution, norms, gates, step, gated norm.
 
-projected [1, tokens, 2 Hk dk + 2 Hv dv + 2 Hv] = [q | k | v | z | b | a], pools conv [slots, C, K - 1] and delta [slots, Hv, dk, dv]
-float32. Floor: the state of a sequence read and written, 8 Hv dk dv bytes (4.2 MB a layer of the 80B); the rest is under a
+projected [1, tokens, 2 Hk dk + 2 Hv dv + 2 Hv] = [q | k | v | z | b | a], pools conv [slots, C, K - 1] and delta [slots, Hv, dk,
+dv] float32. Floor: the state of a sequence read and written, 8 Hv dk dv bytes (4.2 MB a layer of the 80B); the rest is under a
 hundredth of it. The recurrence is that of ops/delta_rule.py.
 """
 
 from __future__ import annotations
 
 from functools import cache
-
 
 import torch
 import triton

@@ -6,7 +6,6 @@ units, for some rows tiles go to the matrix units; FP8 codes are widened in regi
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl

@@ -9,7 +9,6 @@ likely still in the L2 cache.
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +18,7 @@ from deltaloom.backends.cuda.quantized import parts, plain_or_fp8, whole_blocks
 from deltaloom.backends.cuda.table import at_most, floats, power, table
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
-from deltaloom.passes.kernel import dtype_in, is_param
-from deltaloom.graph.types import i32
+from deltaloom.passes.kernel import is_param
 
 FEW = 12
 """Tokens up to which experts are not sorted."""

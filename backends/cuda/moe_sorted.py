@@ -8,7 +8,6 @@ shared expert is the expert after the last one; every token chose it.
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
@@ -37,8 +36,8 @@ def _order(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
-    """One program. ``counts`` [2, EXPERTS] holds zeros; ``rows`` [places] gets a pair or ``pairs`` for nobody; ``owners`` [tiles] an
-    expert or -1."""
+    """One program. ``counts`` [2, EXPERTS] holds zeros; ``rows`` [places] gets a pair or ``pairs`` for nobody; ``owners`` [tiles]
+    an expert or -1."""
     at, expert = tl.arange(0, STEP), tl.arange(0, EXPERTS)
     for start in range(0, pairs, STEP):
         known = start + at < pairs

@@ -5,7 +5,6 @@ x, delta, sum and out [rows, d]. Floor: x and delta read, sum and out written, 4
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl

@@ -108,7 +108,7 @@ def qkv_norm_rope(
         num_warps=2,
     )
     _, *gate, _, v = torch.split(projected, list(sizes), -1)
-    return q, k, v.unflatten(-1, (op.kv_heads, width)), *gate
+    return q, k, torch.unflatten(v, -1, (op.kv_heads, width)), *gate
 
 
 @table.kernel("rotary_embedding")

@@ -5,7 +5,6 @@ logits [tokens, E + 1] give weights and ids [tokens, k] and gate [tokens, 1]. Th
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl

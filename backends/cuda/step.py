@@ -27,8 +27,8 @@ IDLE: dict[str, int] = {"read_slots": -1, "top_k": 0, "top_p": 1, "temperature":
 
 
 class DecodeStep:
-    """``run()`` takes one step of ``batch`` sequences of at most ``max_blocks`` blocks. ``set`` changes what the next step reads. Rows
-    that are used write a slot above 0; all others stay where they are."""
+    """``run()`` takes one step of ``batch`` sequences of at most ``max_blocks`` blocks. ``set`` changes what the next step reads.
+    Rows that are used write a slot above 0; all others stay where they are."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class DecodeStep:
         sampled: bool = False,
         history: int = 4,
     ) -> None:
-        """``fixed`` and ``append`` are those of the pools; only ids below ``allowed`` are chosen; with ``sampled`` rows may be drawn,
-        else the likeliest token is taken; the tokens of the last ``history`` steps are kept. ``CompileError`` for a program that is
-        not a serving program of one token a sequence with the output ``last_logits``."""
+        """``fixed`` and ``append`` are those of the pools; only ids below ``allowed`` are chosen; with ``sampled`` rows may be
+        drawn, else the likeliest token is taken; the tokens of the last ``history`` steps are kept. ``CompileError`` for a program
+        that is not a serving program of one token a sequence with the output ``last_logits``."""
         names = [value.name for value in program.graph.inputs]
         known = ("token_ids", "positions", "block_tables", "context_lengths", "read_slots", "write_slots")
         found = f"program '{program.graph.name}' takes {', '.join(names)} and gives {', '.join(program.outputs)}"
@@ -71,7 +71,7 @@ class DecodeStep:
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         on_gpu = device.type == "cuda"
         self._kept = torch.zeros(history, batch, dtype=torch.int64, pin_memory=on_gpu)
-        self._arrived = [torch.cuda.Event() for _ in range(history)] if on_gpu else []
+        self._arrived: list[Any] = [torch.cuda.Event() for _ in range(history)] if on_gpu else []  # type: ignore[no-untyped-call]
         self._count = 0
         self._program, self._weights, self._fixed, self._append = program, weights, fixed, append
         self._place = program.outputs.index("last_logits")
@@ -95,11 +95,11 @@ class DecodeStep:
             (tensor[0] if name in ("token_ids", "positions") else tensor)[row] = IDLE.get(name, 0)
 
     def record(self) -> None:
-        """Record the step, while nobody uses any row. On a CPU, under Triton's interpreter, steps are not recorded. ``CompileError``
-        for a program with kernels that cannot be."""
+        """Record the step, while nobody uses any row. On a CPU, under Triton's interpreter, steps are not recorded.
+        ``CompileError`` for a program with kernels that cannot be."""
         if self._device.type != "cuda":
             return
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(WARM):

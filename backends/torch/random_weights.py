@@ -9,9 +9,9 @@ import torch
 
 
 class RandomTensors:
-    """``read(name)`` draws the tensor ``name`` of one of ``shapes``, the same for the same seed on the same kind of device. Matrices
-    have a standard deviation of in ** -0.5, norms scatter around what leaves a norm as it is, decays as the published models
-    initialise them."""
+    """``read(name)`` draws the tensor ``name`` of one of ``shapes``, the same for the same seed on the same kind of device.
+    Matrices have a standard deviation of in ** -0.5, norms scatter around what leaves a norm as it is, decays as the published
+    models initialise them."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, seed: int, device: str, dtype: torch.dtype) -> None:
         self._shapes = shapes

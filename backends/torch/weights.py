@@ -29,7 +29,9 @@ def weights_of(program: Program, read: Read, made: dict[tuple[str, str, tuple[in
 
     with torch.inference_mode():
         return {
-            one.prefix: tuple(weight(one.prefix, one.graph, slot) for slot in program.signatures[program.function(one.graph)].weights)
+            one.prefix: tuple(
+                weight(one.prefix, one.graph, slot) for slot in program.signatures[program.function(one.graph)].weights
+            )
             for one in program.graph.instances()
         }
 

@@ -20,7 +20,7 @@ from deltaloom.backends.cuda.backend import CudaBackend  # noqa: E402
 from deltaloom.graph.errors import CompileError  # noqa: E402
 from deltaloom.graph.op import Case  # noqa: E402
 from deltaloom.graph.registry import ops  # noqa: E402
-from deltaloom.graph.types import bf16, f16, f32, f64, i8, QuantType, f8_e4m3  # noqa: E402
+from deltaloom.graph.types import QuantType, bf16, f8_e4m3, f16, f32, f64, i8  # noqa: E402
 from deltaloom.ops.quantized import Quantize  # noqa: E402
 from deltaloom.testing.draw import SeededDraw  # noqa: E402
 from deltaloom.testing.evaluate import concrete, in_float64, reference  # noqa: E402

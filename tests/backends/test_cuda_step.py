@@ -1,4 +1,4 @@
-"""The recorded decode step: the choice of tokens, rows that end, and whole generations; under Triton's interpreter without a GPU."""
+"""The recorded decode step: the choice of tokens, rows that end, whole generations; under Triton's interpreter where no GPU is."""
 
 import os
 from pathlib import Path

@@ -117,6 +117,7 @@ REQUESTS = {
     "output": ({"outputs": ["logit"]}, "has no output 'logit'; it has logits, last_logits"),
     "no outputs": ({"outputs": []}, "outputs is empty; name at least one"),
     "suffix": ({"path": "model.pb"}, "model.pb', expected a name that ends in .onnx"),
+    "the MTP head's file": ({"path": "mtp.onnx", "mtp": True}, "mtp.onnx is the name of the MTP head's file"),
     "no path": ({"path": 7}, "the model's file is 7, expected a path"),
     "zero byte": ({"path": "mod\0el.onnx"}, "holds a zero byte"),
     "folder in the way": ({"path": "folder.onnx"}, "folder.onnx is a folder; give the model's file a name of its own"),

@@ -88,6 +88,15 @@ def test_codes_that_a_checkpoint_stores_are_referred_to_where_they_lie(tmp_path)
     assert np.abs(logits(result.path) - want).max() <= CLOSE * np.abs(want).max()
 
 
+def test_a_checkpoint_below_the_models_folder_is_referred_to(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN / "next_base", tmp_path / "below" / "base"))
+    result = export_onnx(folder, tmp_path / "model.onnx", weights="reference")
+    model = onnx.load(result.path, load_external_data=False)
+    assert "below/base/model.safetensors" in {tensor.external_data[0].value for tensor in model.graph.initializer}
+    want = reference(folder)
+    assert np.abs(logits(result.path) - want).max() <= CLOSE * np.abs(want).max()
+
+
 def test_a_loaded_model_is_exported_with_the_weights_that_it_runs_with(tmp_path):
     config = deltaloom.CompileConfig(backends=("numpy",), quantise="int8")
     model = deltaloom.load("tiny-next", config=config)
