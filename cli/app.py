@@ -14,6 +14,7 @@ from typing import TextIO
 import typer
 
 from deltaloom import __version__
+from deltaloom.cli.bench import bench
 from deltaloom.cli.bisect import bisect
 from deltaloom.cli.chat import chat
 from deltaloom.cli.compare import compare
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 for function in (generate, chat, inspect, explain, diff, source, ops, doctor, roofline, memory, compare, bisect, repro, export):
     app.command()(function)
+app.add_typer(bench)
 app.add_typer(plugins)
 
 

@@ -13,8 +13,11 @@ from deltaloom.backends.cuda import attention, delta_net, linear, moe, norm, rop
 from deltaloom.backends.cuda.step import DecodeStep
 from deltaloom.backends.cuda.table import interpreted, table
 from deltaloom.backends.torch.backend import COMPUTE, TorchBackend
+from deltaloom.backends.torch.host import torch_dtype
 from deltaloom.backends.torch.portable import portable_kernels
+from deltaloom.backends.torch.random_weights import RandomTensors
 from deltaloom.backends.torch.table import table as torch_table
+from deltaloom.backends.torch.weights import weights_of
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.types import DType, f64
 from deltaloom.passes.emit import Program
@@ -84,6 +87,26 @@ class CudaBackend(TorchBackend):
         )
         made.record()
         return made
+
+    def random_weights(self, program: Program, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, tuple[Any, ...]]:
+        """Weights of ``program`` made of checkpoint tensors that are drawn on the device in its dtype; see ``RandomTensors``."""
+        dtype = next(value.type.plain_dtype for name, value in program.graph.outputs if name == program.outputs[0])
+        tensors = RandomTensors(shapes, seed=seed, device=str(self._device), dtype=torch_dtype(dtype))
+        made = weights_of(program, tensors.read, {})
+        self._wait()
+        return made
+
+    def draw(self, tensor: torch.Tensor, scale: float) -> None:
+        """Fill ``tensor`` with normal numbers."""
+        tensor.normal_(std=scale)
+
+    def allocated(self) -> int:
+        """Bytes in use on the GPU; 0 on a CPU."""
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def finish(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         """In inference mode."""

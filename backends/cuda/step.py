@@ -8,6 +8,8 @@ does nothing, and it may look at the tokens at any later time.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -87,7 +89,7 @@ class DecodeStep:
     def set(self, name: str, values: Array) -> None:
         """Give the input ``name`` these values, in its shape, before the next step."""
         tensor = self.inputs[name]
-        tensor.copy_(torch.from_numpy(np.ascontiguousarray(values).reshape(tensor.shape)))
+        tensor.copy_(torch.from_numpy(np.array(values).reshape(tensor.shape)))
 
     def free(self, row: int) -> None:
         """Let nobody use ``row`` from the next step on."""
@@ -135,6 +137,23 @@ class DecodeStep:
             self._arrived[place].synchronize()
         found: list[int] = self._kept[place].tolist()
         return found
+
+    def seconds(self, steps: int) -> list[float]:
+        """The seconds of each of ``steps`` steps: on the device, between two events, or on a CPU as its clock has it."""
+        if self._graph is None:
+            times = []
+            for _ in range(steps):
+                started = perf_counter()
+                self.run()
+                times.append(perf_counter() - started)
+            return times
+        events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]  # type: ignore[no-untyped-call]
+        events[0].record()
+        for event in events[1:]:
+            self.run()
+            event.record()
+        torch.cuda.synchronize(self._device)
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
 
     def _found(self) -> str:
         kernels = {node.placement.kernel for one in self._program.graph.instances() for node in one.graph.nodes if node.placement}
