@@ -60,7 +60,7 @@ def test_what_is_right_parts_nowhere(a: CompileConfig) -> None:
 def test_torch_and_numpy_part_nowhere() -> None:
     pytest.importorskip("torch")
     seen = compare("tiny-next", NUMPY, CompileConfig(backends=("torch",)), ids=IDS)
-    assert seen.finding is None and seen.unmatched == {"numpy threads=1": 0, "torch": 0} or seen.values > 400
+    assert seen.finding is None and not any(seen.unmatched.values()) and seen.values > 400
 
 
 def test_ranks_and_one_rank_part_nowhere() -> None:
