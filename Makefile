@@ -1,6 +1,7 @@
 # make demo      the bundled model answers a question: NumPy only, torch is not installed
 # make test      install what development needs, run the tests
 # make test-all  the slow tests too, with twenty times as many generated cases
+# make test-gpu  kernels, goldens and reference generations on an NVIDIA GPU
 # make lint      ruff and mypy
 # make mutants   do the tests notice 100 seeded mistakes in kernels? Some 20 minutes (MUTANTS="--seed 2 --count 20")
 # make bench     time transformers and the machine's floor (see benchmarks/)
@@ -17,7 +18,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 ENGINES := --engine "transformers=bench_transformers.py" \
 	--engine "numpy=bench_deltaloom.py --backend numpy" --engine "torch=bench_deltaloom.py --backend torch"
 
-.PHONY: help demo test test-all lint mutants bench clean
+.PHONY: help demo test test-all test-gpu lint mutants bench clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -32,6 +33,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "" --hypothesis-profile=all
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "gpu or not slow" tests/backends/test_cuda_kernels.py tests/backends/test_cuda_step.py tests/goldens/test_cuda.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --output-format concise .

@@ -22,7 +22,12 @@ TABLE: dict[str, str] = {
 }
 """Name -> "module:Class" of the built-in backends; the class is called with ``device`` and ``threads``."""
 
-NEEDS: dict[str, tuple[str, ...]] = {"torch": ("torch",), "inductor": ("torch",), "cuda": ("torch", "triton"), "onnx": ("onnx", "onnxruntime")}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "torch": ("torch",),
+    "inductor": ("torch",),
+    "cuda": ("torch", "triton"),
+    "onnx": ("onnx", "onnxruntime"),
+}
 """Name -> the packages that have to be installed for it; the first is called like the extra that brings them."""
 
 

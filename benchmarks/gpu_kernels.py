@@ -127,24 +127,24 @@ def main() -> None:
     parser.add_argument("which", nargs="*", default=["moe", "delta", "linear"])
     which = parser.parse_args().which
     if "delta" in which:
-        grid = [{"ELEMENTS": e, "WARPS": w} for e, w in ((4096, 4), (8192, 4), (4096, 2), (8192, 8), (16384, 8), (2048, 2))]
+        grid = [{"ELEMENTS": e, "WARPS": w} for e, w in ((4096, 4), (8192, 4), (4096, 2), (2048, 2), (2048, 1))]
         for tokens in (1, 8, 64):
             recurrence(tokens, grid)
         recurrence(256, grid[:2])
     if "linear" in which:
-        one = [{"ONE_SHOT": s, "ONE_WARPS": w} for s, w in ((16384, 4), (8192, 4), (16384, 8), (32768, 8))]
-        few = [{"SMALL": 1 << 40, "PLAIN_BLOCK": b} for b in (128, 256)]
+        one = [{"ONE_SHOT": s, "ONE_WARPS": w} for s, w in ((8192, 4), (4096, 4), (4096, 2))]
+        few = [{"SMALL": 1 << 40, "FEW_BLOCK": b} for b in (256, 512)]
         for out, width in ((12352, 2048), (2048, 4096), (513, 2048)):
             products(1, out, width, False, one)
             products(8, out, width, False, few)
         products(1, 12288, 2048, True, one)
         products(1, 2048, 4096, True, one)
-        products(8, 12288, 2048, True, [{}])
-        products(8, 2048, 4096, True, [{}])
+        products(8, 12288, 2048, True, [{"FEW_BLOCK": b} for b in (128, 256, 512)])
+        products(8, 2048, 4096, True, [{"FEW_BLOCK": b} for b in (128, 256, 512)])
     if "moe" in which:
         grid = [
             {"ROWS": r, "OUTPUTS": o, "WARPS": w, "FEW": 64}
-            for r, o, w in ((4, 16, 4), (8, 16, 4), (4, 32, 4), (2, 8, 4), (8, 32, 8))
+            for r, o, w in ((4, 16, 4), (8, 16, 4), (2, 8, 4))
         ]
         experts(1, False, grid, 1)
         experts(1, True, grid, 1)

@@ -1,6 +1,8 @@
 """``deltaloom bench``: how fast a model runs on this machine, on random weights of any config."""
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +14,7 @@ from deltaloom.cli.table import columns
 from deltaloom.graph.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from deltaloom.runtime.decode_bench import DecodeBench, DecodeTime
+    from deltaloom.runtime.decode_bench import DecodeBench, DecodeTime, PeerTime
 
 bench = typer.Typer(name="bench", help="Time a model on this machine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -34,6 +36,9 @@ def latency(
     profile: Annotated[
         str | None, typer.Option("--profile", help="Limits of the device, for the floor: a TOML or JSON file, h100, h200.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="hf: time transformers on the same weights in the same run.", metavar="ENGINE")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     config: options.RunFile = None,
     backend: options.Backend = None,
@@ -50,6 +55,7 @@ def latency(
 
     settings = Settings(ctx.params, config)
     limits = None if profile is None else named_profile(profile)
+    require(against in (None, "hf"), f"--against is '{against}', expected hf", ConfigError)
     batches, contexts = numbers("--batch", batch), numbers("--context", context)
     overrides = dict(settings.value("model", "hf_overrides") or {})
     if layers is not None:
@@ -57,10 +63,18 @@ def latency(
     subject = read_subject(settings.value("model", "model"), overrides, settings.compile_config())
     made = DecodeBench(subject, seed=seed)
     found = list(made.times(batches, contexts, steps=steps, profile=limits))
+    peers = list(made.peer_times(config_fields(subject.folder), batches, contexts, steps=steps)) if against else []
     if as_json:
-        print_json("bench.latency", {"weights": made.weights, "phases": made.phases, "rows": [as_object(row) for row in found]})
+        rows = {"rows": [as_object(row) for row in found], "peers": [asdict(row) for row in peers]}
+        print_json("bench.latency", {"weights": made.weights, "phases": made.phases, **rows})
         return
-    print(fitted(report(made, found)))
+    print(fitted(report(made, found, peers)))
+
+
+def config_fields(path: Path) -> dict[str, Any]:
+    """The fields of a model's config.json, which was read before."""
+    fields: dict[str, Any] = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+    return fields
 
 
 def numbers(flag: str, text: str) -> list[int]:
@@ -80,7 +94,7 @@ def as_object(row: "DecodeTime") -> dict[str, Any]:
     }
 
 
-def report(made: "DecodeBench", rows: list["DecodeTime"]) -> str:
+def report(made: "DecodeBench", rows: list["DecodeTime"], peers: list["PeerTime"]) -> str:
     """The rows as a table, and what came before them."""
     header = ("batch", "context", "step", "a layer", "tokens/s", "of floor", "states", "logits")
     cells = [
@@ -98,4 +112,19 @@ def report(made: "DecodeBench", rows: list["DecodeTime"]) -> str:
     ]
     phases = {**made.phases, "record": sum(row.record for row in rows)}
     start = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
-    return f"{columns([header, *cells])}\n\nweights {made.weights / 1e9:.2f} GB; start-up: {start}"
+    parts = [columns([header, *cells])]
+    if peers:
+        ours = {(row.batch, row.context): row.seconds for row in rows}
+        lines = [
+            (
+                one.engine,
+                f"{one.batch:,}",
+                f"{one.context:,}",
+                f"{one.seconds * 1e3:.3f} ms",
+                f"{one.seconds / ours[one.batch, one.context]:.2f} x",
+            )
+            for one in peers
+        ]
+        parts.append(columns([("against", "batch", "context", "step", "ours is faster by"), *lines]))
+    parts.append(f"weights {made.weights / 1e9:.2f} GB; start-up: {start}")
+    return "\n\n".join(parts)

@@ -15,7 +15,7 @@ PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show every se
 
 Backend = Annotated[
     str | None,
-    typer.Option("--backend", "-b", help="numpy, torch, inductor or onnx; several by comma, the first that accepts an op runs it."),
+    typer.Option("--backend", "-b", help="numpy, torch, inductor, cuda or onnx; several by comma, the first that can runs an op."),
 ]
 DType = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16, float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.")]

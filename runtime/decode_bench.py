@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,9 @@ class DrawsWeights(Protocol):
     def allocated(self) -> int:
         """Bytes of the device's memory that are in use."""
 
+    def transformers_peer(self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: str) -> Any:
+        """transformers' model of a config on the tensors that ``random_weights`` draws."""
+
 
 @dataclass(frozen=True)
 class DecodeTime:
@@ -68,6 +71,16 @@ class DecodeTime:
         return self.batch / self.seconds
 
 
+@dataclass(frozen=True)
+class PeerTime:
+    """A decode step of another engine: the median ``seconds``."""
+
+    engine: str
+    batch: int
+    context: int
+    seconds: float
+
+
 class DecodeBench:
     """The serving program ``decode`` of a subject on random weights; ``phases`` are the seconds that it took to come there."""
 
@@ -77,7 +90,7 @@ class DecodeBench:
         fits = len(subject.context.backends) == 1 and isinstance(home, RecordsSteps) and isinstance(home, DrawsWeights)
         found = ", ".join(one.name for one in subject.context.backends)
         require(fits, f"the backend {found} records no decode steps; use --backend cuda on a machine with a GPU", CompileError)
-        self._home: Any = home
+        self._home = cast(Any, home)
         self._subject = subject
         started = perf_counter()
         graph = subject.graphs.main
@@ -85,9 +98,10 @@ class DecodeBench:
         self._driver = Driver(graph, subject.context, planned=(variant,))
         self.program = self._driver.program(variant)
         compiled = perf_counter()
-        shapes = {name: stored.shape for name, stored in checkpoint_tensors(graph).items()}
+        self._shapes = {name: stored.shape for name, stored in checkpoint_tensors(graph).items()}
+        self._seed = seed
         before = self._home.allocated()
-        self._weights = self._home.random_weights(self.program, shapes, seed)
+        self._weights = self._home.random_weights(self.program, self._shapes, seed)
         self.weights = self._home.allocated() - before
         """Bytes of the weights on the device."""
         self.phases = {"compile": compiled - started, "weights": perf_counter() - compiled}
@@ -126,6 +140,21 @@ class DecodeBench:
         for context in contexts:
             for batch in batches:
                 yield self.time(batch, context, steps=steps, profile=profile)
+
+    def peer_times(
+        self, values: Mapping[str, Any], batches: Sequence[int], contexts: Sequence[int], *, steps: int
+    ) -> Iterator[PeerTime]:
+        """transformers' time for every batch at every context, as it comes and compiled, on the same tensors. ``values``: the
+        fields of config.json."""
+        fields = {**values, "num_hidden_layers": self._subject.shape.num_hidden_layers}
+        if len(fields.get("layer_types") or ()) != fields["num_hidden_layers"]:
+            fields.pop("layer_types", None)
+        peer = self._home.transformers_peer(fields, self._shapes, self._seed, self._subject.context.config.dtype)
+        for context in contexts:
+            for batch in batches:
+                for compiled in (False, True):
+                    found = peer.seconds(batch, context, steps=steps, compiled=compiled)
+                    yield PeerTime("transformers, compiled" if compiled else "transformers", batch, context, found)
 
     def _floor(self, batch: int, context: int, profile: DeviceProfile) -> float:
         """By the base program, whose costs know how many tokens a state holds."""

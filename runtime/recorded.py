@@ -77,6 +77,7 @@ class RecordedRows:
         starts = [0] * state.batch if state.valid is None else (~state.valid).sum(axis=1).tolist()
         self._lengths = [state.length - start for start in starts]
         self._live = set(range(state.batch))
+        self._last: Callable[[], list[int]] = list
         self._allowed = allowed
         self._draws = draws
         self._blocks = max(FIRST_BLOCKS, 1 << (max(self._lengths) // BLOCK_SIZE).bit_length())

@@ -24,6 +24,7 @@ TEST_LIBRARIES = {"hypothesis", "pytest", "safetensors"}
 ONLY_IN = {
     "torch": ("backends/torch", "backends/cuda"),
     "triton": ("backends/cuda",),
+    "transformers": ("backends/torch",),
     "onnx": ("backends/onnx", "testing"),
     "onnxruntime": ("backends/onnx", "testing"),
 }

@@ -17,6 +17,7 @@ from deltaloom.backends.torch.host import torch_dtype
 from deltaloom.backends.torch.portable import portable_kernels
 from deltaloom.backends.torch.random_weights import RandomTensors
 from deltaloom.backends.torch.table import table as torch_table
+from deltaloom.backends.torch.transformers_peer import TransformersPeer
 from deltaloom.backends.torch.weights import weights_of
 from deltaloom.graph.errors import CompileError
 from deltaloom.graph.types import DType, f64
@@ -95,6 +96,14 @@ class CudaBackend(TorchBackend):
         made = weights_of(program, tensors.read, {})
         self._wait()
         return made
+
+    def transformers_peer(
+        self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: str
+    ) -> TransformersPeer:
+        """transformers' model on the tensors that ``random_weights`` draws with this seed."""
+        plain = torch_dtype(self.compute_dtype(dtype))
+        tensors = RandomTensors(shapes, seed=seed, device=str(self._device), dtype=plain)
+        return TransformersPeer(values, tensors.read, device=str(self._device), dtype=plain)
 
     def draw(self, tensor: torch.Tensor, scale: float) -> None:
         """Fill ``tensor`` with normal numbers."""

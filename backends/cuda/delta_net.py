@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaloom.backends.cuda.table import at_most, floats, power, table
+from deltaloom.backends.cuda.table import at_most, dependent, floats, power, table
 from deltaloom.graph.ir import Node
 from deltaloom.graph.types import f32
 from deltaloom.ops.packed_delta_net import PackedGatedDeltaNet
@@ -112,48 +112,49 @@ def _delta_net(
     VALUES: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
-    """TILE values of the value heads of one key head of one sequence. Whichever program of a key head ends last norms the heads and
+    """TILE values of one head of one sequence. Whichever program of a key head ends last norms its value heads and
     moves the convolution's state on, which no other reads any more; it leaves ``done`` at 0 as it found it."""
-    tile, head, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, own, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype = out.dtype.element_ty
     HEADS: tl.constexpr = KEY_HEADS * REPEATS
     CHANNELS: tl.constexpr = 2 * KEY_HEADS * DK + HEADS * DV
+    head = own // REPEATS
+    key, value = tl.arange(0, KEYS), tile * TILE + tl.arange(0, TILE)
+    is_key, inside = key < DK, value < DV
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     read, write = tl.load(reads + token).to(tl.int64), tl.load(writes + token).to(tl.int64)
-    row = projected + token * stride
-    key, number, value = tl.arange(0, KEYS), tl.arange(0, R), tile * TILE + tl.arange(0, TILE)
-    is_key, is_head = key < DK, number < REPEATS
-    heads = head * REPEATS + number
-    inside = is_head[:, None] & (value < DV)[None, :]
-    held = is_head[:, None, None] & is_key[None, :, None] & (value < DV)[None, None, :]
-    place = (heads[:, None, None] * DK + key[None, :, None]) * DV + value[None, None, :]
+    held = is_key[:, None] & inside[None, :]
+    place = (own * DK + key[:, None]) * DV + value[None, :]
     S = tl.load(delta + read * (HEADS * DK * DV) + place, tl.where(held, read, -1) >= 0, other=0.0)
-    column = heads[:, None] * DV + value[None, :]
-    v = _convolved(row, conv_weight, conv, 2 * KEY_HEADS * DK + column, inside, read, CHANNELS, TAPS)
+    rate = tl.exp(tl.load(a_log + own).to(tl.float32))
+    bias = tl.load(dt_bias + own).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = projected + token * stride
+    v = _convolved(row, conv_weight, conv, 2 * KEY_HEADS * DK + own * DV + value, inside, read, CHANNELS, TAPS)
     q = _convolved(row, conv_weight, conv, head * DK + key, is_key, read, CHANNELS, TAPS)
     k = _convolved(row, conv_weight, conv, (KEY_HEADS + head) * DK + key, is_key, read, CHANNELS, TAPS)
     q = q * tl.rsqrt(tl.sum(q * q, 0) + l2_eps) * scale
     k = k * tl.rsqrt(tl.sum(k * k, 0) + l2_eps)
     gates = row + CHANNELS + HEADS * DV
-    b = tl.load(gates + heads, is_head, other=0.0).to(tl.float32)
-    a = tl.load(gates + HEADS + heads, is_head, other=0.0).to(tl.float32)
-    a += tl.load(dt_bias + heads, is_head, other=0.0).to(tl.float32)
-    rate = tl.exp(tl.load(a_log + heads, is_head, other=0.0).to(tl.float32))
-    softplus = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
-    decay = tl.exp(-rate * softplus)
-    beta = (1.0 / (1.0 + tl.exp(-b))).to(dtype).to(tl.float32)
-    S = S * decay[:, None, None]
-    change = (v - tl.sum(S * k[None, :, None], 1)) * beta[:, None]
-    S += k[None, :, None] * change[:, None, :]
+    a = tl.load(gates + HEADS + own).to(tl.float32) + bias
+    decay = tl.exp(-rate * (tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))))
+    beta = (1.0 / (1.0 + tl.exp(-tl.load(gates + own).to(tl.float32)))).to(dtype).to(tl.float32)
+    S = S * decay
+    change = (v - tl.sum(S * k[:, None], 0)) * beta
+    S += k[:, None] * change[None, :]
     tl.store(delta + write * (HEADS * DK * DV) + place, S, tl.where(held, write, -1) >= 0)
     result = raw + token * (HEADS * DV)
-    tl.store(result + column, tl.sum(S * q[None, :, None], 1).to(dtype), inside)
+    tl.store(result + own * DV + value, tl.sum(S * q[:, None], 0).to(dtype), inside)
     tl.debug_barrier()
     counter = done + token * KEY_HEADS + head
-    if tl.atomic_add(counter, 1) == TILES - 1:
-        every = tl.arange(0, VALUES)
-        real = is_head[:, None] & (every < DV)[None, :]
-        columns = heads[:, None] * DV + every[None, :]
+    if tl.atomic_add(counter, 1) == TILES * REPEATS - 1:
+        number, every = tl.arange(0, R), tl.arange(0, VALUES)
+        real = (number < REPEATS)[:, None] & (every < DV)[None, :]
+        columns = (head * REPEATS + number)[:, None] * DV + every[None, :]
         o = tl.load(result + columns, real, other=0.0, cache_modifier=".cg").to(tl.float32)
         n = (o * tl.rsqrt(tl.sum(o * o, 1) / DV + eps)[:, None]).to(dtype).to(tl.float32)
         w = tl.load(norm_weight + every, every < DV, other=0.0).to(tl.float32)
@@ -201,8 +202,8 @@ def packed_gated_delta_net(
     projected = projected.contiguous()
     raw, out = projected.new_empty(2, 1, tokens, op.value_heads * op.value_dim)
     keys, values, r = power(op.key_dim), power(op.value_dim), power(repeats)
-    tile = max(1, min(values, ELEMENTS // (r * keys)))
-    _delta_net[(triton.cdiv(op.value_dim, tile), op.key_heads, tokens)](
+    tile = max(1, min(values, ELEMENTS // keys))
+    _delta_net[(triton.cdiv(op.value_dim, tile), op.value_heads, tokens)](
         projected,
         conv_weight,
         a_log,
@@ -230,5 +231,6 @@ def packed_gated_delta_net(
         TILE=tile,
         TILES=triton.cdiv(op.value_dim, tile),
         num_warps=WARPS,
+        **dependent(),
     )
     return out, conv, delta

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from deltaloom.backends.cuda.moe_sorted import combine, shared_moe_sorted
 from deltaloom.backends.cuda.quantized import parts, plain_or_fp8, whole_blocks
-from deltaloom.backends.cuda.table import at_most, floats, power, table
+from deltaloom.backends.cuda.table import at_most, dependent, floats, power, table
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.passes.kernel import is_param
@@ -35,29 +35,38 @@ Weight = torch.Tensor | QuantizedArray
 
 
 @triton.jit
-def _rows(
-    x: tl.tensor,
+def _tile(
     weight: tl.tensor,
-    scale: tl.tensor,
     first: tl.tensor,
     width: tl.tensor,
     inside: tl.tensor,
+    start: tl.tensor,
     ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """Rows ``first`` and on, columns ``start`` and on of a matrix [.., width]."""
+    row, column = first + tl.arange(0, ROWS), start + tl.arange(0, WIDTH)
+    return tl.load(weight + row[:, None] * width + column[None, :], inside[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _times(
+    w: tl.tensor,
+    x: tl.tensor,
+    scale: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    start: tl.tensor,
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
 ) -> tl.tensor:
-    """Rows ``first`` to ``first + ROWS`` of a matrix [.., width] times x [width], in float32."""
-    row = first + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, width, WIDTH):
-        column = start + tl.arange(0, WIDTH)
-        known = column < width
-        w = tl.load(weight + row[:, None] * width + column[None, :], inside[:, None] & known[None, :], other=0.0)
-        f = tl.load(x + column, known, other=0.0).to(tl.float32)
-        if FP8:
-            f = f * tl.load(scale + (first // 128) * ((width + 127) // 128) + column // 128, known, other=0.0)
-        total += tl.sum(w.to(tl.float32) * f[None, :], 1)
-    return total
+    """A tile times its columns of x [width], in float32."""
+    column = start + tl.arange(0, WIDTH)
+    known = column < width
+    f = tl.load(x + column, known, other=0.0).to(tl.float32)
+    if FP8:
+        f = f * tl.load(scale + (first // 128) * ((width + 127) // 128) + column // 128, known, other=0.0)
+    return tl.sum(w.to(tl.float32) * f[None, :], 1)
 
 
 @triton.jit
@@ -77,10 +86,14 @@ def _inner(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """ROWS numbers of silu(gate) * up of one token and one of its k + 1 experts, of which the last is the shared one."""
     pair, first = tl.program_id(1), tl.program_id(0) * ROWS
     dtype = inner.dtype.element_ty
+    if PDL:  # in this order: the next kernel may read the router's choice before it waits for this one
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token, rank = pair // (k + 1), pair % (k + 1)
     row = x + token.to(tl.int64) * hidden
     at = first + tl.arange(0, ROWS)
@@ -92,9 +105,18 @@ def _inner(
         size = intermediate
     if first < size:
         inside = at < size
-        gate = _rows(row, matrix, scale, first, hidden, inside, ROWS, WIDTH, FP8)
-        up = _rows(row, matrix, scale, size + first, hidden, inside, ROWS, WIDTH, FP8).to(dtype).to(tl.float32)
-        gate = gate.to(dtype).to(tl.float32)
+        w, v = (
+            _tile(matrix, first, hidden, inside, 0, ROWS, WIDTH),
+            _tile(matrix, size + first, hidden, inside, 0, ROWS, WIDTH),
+        )
+        gate = _times(w, row, scale, first, hidden, 0, WIDTH, FP8)
+        up = _times(v, row, scale, size + first, hidden, 0, WIDTH, FP8)
+        for start in range(WIDTH, hidden, WIDTH):
+            w = _tile(matrix, first, hidden, inside, start, ROWS, WIDTH)
+            v = _tile(matrix, size + first, hidden, inside, start, ROWS, WIDTH)
+            gate += _times(w, row, scale, first, hidden, start, WIDTH, FP8)
+            up += _times(v, row, scale, size + first, hidden, start, WIDTH, FP8)
+        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
         value = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
         tl.store(inner + pair.to(tl.int64) * room + at, value.to(dtype), inside)
 
@@ -116,10 +138,13 @@ def _outer(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """ROWS outputs of one token's expert, or of the shared one."""
     pair, first = tl.program_id(1), tl.program_id(0) * ROWS
     token, rank = pair // (k + 1), pair % (k + 1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     at = first + tl.arange(0, ROWS)
     inside = at < hidden
     matrix, scale, size = shared, shared_scale, shared_width
@@ -128,7 +153,14 @@ def _outer(
         matrix = down + expert * hidden * intermediate
         scale = down_scale + expert * ((hidden + 127) // 128) * ((intermediate + 127) // 128)
         size = intermediate
-    total = _rows(inner + pair.to(tl.int64) * room, matrix, scale, first, size, inside, ROWS, WIDTH, FP8)
+    source = inner + pair.to(tl.int64) * room
+    w = _tile(matrix, first, size, inside, 0, ROWS, WIDTH)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    total = _times(w, source, scale, first, size, 0, WIDTH, FP8)
+    for start in range(WIDTH, size, WIDTH):
+        w = _tile(matrix, first, size, inside, start, ROWS, WIDTH)
+        total += _times(w, source, scale, first, size, start, WIDTH, FP8)
     tl.store(results + pair.to(tl.int64) * hidden + at, total.to(results.dtype.element_ty), inside)
 
 
@@ -170,10 +202,30 @@ def shared_moe(
     sizes = (k, hidden, intermediate, shared, room)
     width, inner_width = min(LONGEST, power(hidden)), min(LONGEST, power(room))
     _inner[(triton.cdiv(room, ROWS), pairs)](
-        rows, ids, *parts(gate_up), *parts(shared_gate_up), inner, *sizes, ROWS=ROWS, WIDTH=width, FP8=fp8, num_warps=WARPS
+        rows,
+        ids,
+        *parts(gate_up),
+        *parts(shared_gate_up),
+        inner,
+        *sizes,
+        ROWS=ROWS,
+        WIDTH=width,
+        FP8=fp8,
+        num_warps=WARPS,
+        **dependent(),
     )
     _outer[(triton.cdiv(hidden, OUTPUTS), pairs)](
-        inner, ids, *parts(down), *parts(shared_down), results, *sizes, ROWS=OUTPUTS, WIDTH=inner_width, FP8=fp8, num_warps=WARPS
+        inner,
+        ids,
+        *parts(down),
+        *parts(shared_down),
+        results,
+        *sizes,
+        ROWS=OUTPUTS,
+        WIDTH=inner_width,
+        FP8=fp8,
+        num_warps=WARPS,
+        **dependent(),
     )
     combine(results, weights, gate, results[k:], y, (k + 1) * hidden, (k + 1) * hidden)
     return y.view(x.shape)

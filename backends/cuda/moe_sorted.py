@@ -13,13 +13,20 @@ import triton
 import triton.language as tl
 
 from deltaloom.backends.cuda.quantized import parts
-from deltaloom.backends.cuda.table import interpreted, power
+from deltaloom.backends.cuda.table import dependent, interpreted, power
 from deltaloom.graph.quantized import QuantizedArray
 
-MANY = 1024
+MANY = 8192
 """Pairs from which tiles have more rows."""
 
 Weight = torch.Tensor | QuantizedArray
+
+
+@triton.jit
+def _expert(ids: tl.tensor, pair: tl.tensor, k: tl.tensor, experts: tl.tensor, known: tl.tensor) -> tl.tensor:
+    """The expert of a pair of token and rank; after the k chosen ones of a token comes the shared one."""
+    token, rank = pair // (k + 1), pair % (k + 1)
+    return tl.where(rank < k, tl.load(ids + token * k + rank, known & (rank < k), other=0), experts)
 
 
 @triton.jit
@@ -29,6 +36,7 @@ def _order(
     rows: tl.tensor,
     owners: tl.tensor,
     pairs: tl.tensor,
+    k: tl.tensor,
     experts: tl.tensor,
     places: tl.tensor,
     tiles: tl.tensor,
@@ -36,27 +44,29 @@ def _order(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
-    """One program. ``counts`` [2, EXPERTS] holds zeros; ``rows`` [places] gets a pair or ``pairs`` for nobody; ``owners`` [tiles]
-    an expert or -1."""
+    """One program. ``counts`` [2, EXPERTS] holds anything; ``rows`` [places] gets a pair or ``pairs`` for nobody; ``owners``
+    [tiles] an expert or -1."""
     at, expert = tl.arange(0, STEP), tl.arange(0, EXPERTS)
-    for start in range(0, pairs, STEP):
-        known = start + at < pairs
-        tl.atomic_add(counts + tl.load(ids + start + at, known, other=0), 1, known)
+    tl.store(counts + expert, tl.zeros([EXPERTS], tl.int32))
     for start in range(0, places, STEP):
         tl.store(rows + start + at, tl.zeros([STEP], tl.int32) + pairs, start + at < places)
     for start in range(0, tiles, STEP):
         tl.store(owners + start + at, tl.zeros([STEP], tl.int32) - 1, start + at < tiles)
     tl.debug_barrier()
-    count = tl.load(counts + expert)
+    for start in range(0, pairs, STEP):
+        known = start + at < pairs
+        tl.atomic_add(counts + _expert(ids, start + at, k, experts, known), 1, known)
+    tl.debug_barrier()
+    count = tl.load(counts + expert, cache_modifier=".cg")
     used = (count + TILE - 1) // TILE
     first = tl.cumsum(used, 0) - used
     tl.store(counts + EXPERTS + expert, first * TILE)
     for number in range(0, tl.max(used, 0)):
-        tl.store(owners + first + number, expert, (number < used) & (expert < experts))
+        tl.store(owners + first + number, expert, (number < used) & (expert <= experts))
     tl.debug_barrier()
     for start in range(0, pairs, STEP):
         known = start + at < pairs
-        place = tl.atomic_add(counts + EXPERTS + tl.load(ids + start + at, known, other=0), 1, known)
+        place = tl.atomic_add(counts + EXPERTS + _expert(ids, start + at, k, experts, known), 1, known)
         tl.store(rows + place, start + at, known)
 
 
@@ -79,19 +89,19 @@ def _product(
 ) -> tl.tensor:
     """Rows ``source`` of x [.., room] times rows ``first`` onward of a matrix [.., width], in float32."""
     row = first + tl.arange(0, ROWS)
+    blocks = scale + (first // 128) * ((width + 127) // 128)
     total = tl.zeros([TILE, ROWS], tl.float32)
     for start in range(0, width, WIDTH):
         column = start + tl.arange(0, WIDTH)
         known = column < width
         f = tl.load(x + source[:, None] * room + column[None, :], real[:, None] & known[None, :], other=0.0)
         w = tl.load(matrix + row[None, :] * width + column[:, None], inside[None, :] & known[:, None], other=0.0)
-        if WIDEN:
-            part = tl.dot(f.to(tl.float32), w.to(tl.float32), input_precision="ieee")
-        else:
-            part = tl.dot(f, w.to(f.dtype), input_precision="ieee")
         if FP8:
-            part = part * tl.load(scale + (first // 128) * ((width + 127) // 128) + start // 128)
-        total += part
+            w = (w.to(tl.float32) * tl.load(blocks + column // 128, known, other=0.0)[:, None]).to(f.dtype)
+        if WIDEN:
+            total += tl.dot(f.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+        else:
+            total += tl.dot(f, w, input_precision="ieee")
     return total
 
 
@@ -102,11 +112,16 @@ def _inner(
     owners: tl.tensor,
     gate_up: tl.tensor,
     gate_up_scale: tl.tensor,
+    shared: tl.tensor,
+    shared_scale: tl.tensor,
     inner: tl.tensor,
     pairs: tl.tensor,
     k: tl.tensor,
+    experts: tl.tensor,
     hidden: tl.tensor,
     intermediate: tl.tensor,
+    shared_width: tl.tensor,
+    room: tl.tensor,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -120,16 +135,19 @@ def _inner(
     if expert >= 0:
         pair = tl.load(rows + tile * TILE + tl.arange(0, TILE)).to(tl.int64)
         real = pair < pairs
+        matrix, scale, size = shared, shared_scale, shared_width
+        if expert < experts:
+            matrix = gate_up + expert * 2 * intermediate * hidden
+            scale = gate_up_scale + expert * ((2 * intermediate + 127) // 128) * ((hidden + 127) // 128)
+            size = intermediate
         at = first + tl.arange(0, ROWS)
-        inside = at < intermediate
-        matrix = gate_up + expert * 2 * intermediate * hidden
-        scale = gate_up_scale + expert * ((2 * intermediate + 127) // 128) * ((hidden + 127) // 128)
-        source = pair // k
+        inside = at < size
+        source = pair // (k + 1)
         gate = _product(x, source, real, matrix, scale, first, inside, hidden, hidden, TILE, ROWS, WIDTH, FP8, WIDEN)
-        up = _product(x, source, real, matrix, scale, intermediate + first, inside, hidden, hidden, TILE, ROWS, WIDTH, FP8, WIDEN)
+        up = _product(x, source, real, matrix, scale, size + first, inside, hidden, hidden, TILE, ROWS, WIDTH, FP8, WIDEN)
         gate = gate.to(dtype).to(tl.float32)
         value = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
-        tl.store(inner + pair[:, None] * intermediate + at[None, :], value.to(dtype), real[:, None] & inside[None, :])
+        tl.store(inner + pair[:, None] * room + at[None, :], value.to(dtype), real[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -139,10 +157,15 @@ def _outer(
     owners: tl.tensor,
     down: tl.tensor,
     down_scale: tl.tensor,
+    shared: tl.tensor,
+    shared_scale: tl.tensor,
     results: tl.tensor,
     pairs: tl.tensor,
+    experts: tl.tensor,
     hidden: tl.tensor,
     intermediate: tl.tensor,
+    shared_width: tl.tensor,
+    room: tl.tensor,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -155,14 +178,16 @@ def _outer(
     if expert >= 0:
         pair = tl.load(rows + tile * TILE + tl.arange(0, TILE)).to(tl.int64)
         real = pair < pairs
+        matrix, scale, size = shared, shared_scale, shared_width
+        if expert < experts:
+            matrix = down + expert * hidden * intermediate
+            scale = down_scale + expert * ((hidden + 127) // 128) * ((intermediate + 127) // 128)
+            size = intermediate
         at = first + tl.arange(0, ROWS)
         inside = at < hidden
-        matrix = down + expert * hidden * intermediate
-        scale = down_scale + expert * ((hidden + 127) // 128) * ((intermediate + 127) // 128)
-        total = _product(inner, pair, real, matrix, scale, first, inside, intermediate, intermediate, TILE, ROWS, WIDTH, FP8, WIDEN)
-        tl.store(
-            results + pair[:, None] * hidden + at[None, :], total.to(results.dtype.element_ty), real[:, None] & inside[None, :]
-        )
+        total = _product(inner, pair, real, matrix, scale, first, inside, size, room, TILE, ROWS, WIDTH, FP8, WIDEN)
+        place = pair[:, None] * hidden + at[None, :]
+        tl.store(results + place, total.to(results.dtype.element_ty), real[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -178,8 +203,12 @@ def _combined(
     shared_stride: tl.tensor,
     PICKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """The weighted sum of a token's experts, and the shared expert's part."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(1).to(tl.int64)
     dtype = y.dtype.element_ty
     at, pick = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.arange(0, PICKS)
@@ -208,7 +237,9 @@ def combine(
     k = weights.shape[-1]
     width = min(256, power(hidden))
     grid = (triton.cdiv(hidden, width), tokens)
-    _combined[grid](results, weights, gate, shared, y, k, hidden, stride, shared_stride, PICKS=power(k), WIDTH=width, num_warps=4)
+    _combined[grid](
+        results, weights, gate, shared, y, k, hidden, stride, shared_stride, PICKS=power(k), WIDTH=width, num_warps=4, **dependent()
+    )
 
 
 def shared_moe_sorted(
@@ -223,44 +254,28 @@ def shared_moe_sorted(
 ) -> torch.Tensor:
     """rows [tokens, H] and the rest as ``shared_moe`` takes them, contiguous; gives [tokens, H]."""
     tokens, hidden = rows.shape
-    k = ids.shape[-1]
-    routed = _experts(rows, ids, gate_up, down)
-    everybody = torch.zeros(tokens, 1, dtype=torch.int32, device=rows.device)
-    shared = _experts(rows, everybody, _stack(shared_gate_up), _stack(shared_down))
-    y = torch.empty_like(rows)
-    combine(routed, weights, gate, shared, y, k * hidden, hidden)
-    return y
-
-
-def _stack(weight: Weight) -> Weight:
-    """A matrix as a stack of one."""
-    if isinstance(weight, QuantizedArray):
-        return QuantizedArray(weight.data[None], weight.scale[None], weight.form, (1, *weight.shape))
-    return weight[None]
-
-
-def _experts(rows: torch.Tensor, ids: torch.Tensor, gate_up: Weight, down: Weight) -> torch.Tensor:
-    """What each chosen expert makes of each token, [tokens k, H]."""
-    tokens, hidden = rows.shape
-    k, (experts, _, intermediate) = ids.shape[-1], down.shape
-    pairs = tokens * k
-    tile = 16 if pairs < MANY * 4 else 32 if pairs < MANY * 32 else 64
-    tiles = min(pairs, experts + pairs // tile)
-    places, room = tiles * tile, power(experts)
-    device = rows.device
-    counts = torch.zeros(2, room, dtype=torch.int32, device=device)
-    order = torch.empty(places, dtype=torch.int32, device=device)
-    owners = torch.empty(tiles, dtype=torch.int32, device=device)
+    k, (experts, _, intermediate), shared = ids.shape[-1], down.shape, shared_down.shape[1]
+    room, pairs = max(intermediate, shared), tokens * (k + 1)
+    tile = 16 if pairs < MANY else 32 if pairs < 8 * MANY else 64
+    tiles = min(pairs, experts + 1 + pairs // tile)
+    integers = {"dtype": torch.int32, "device": rows.device}
+    counts = torch.empty(2, power(experts + 1), **integers)  # type: ignore[call-overload]
+    order = torch.empty(tiles * tile, **integers)  # type: ignore[call-overload]
+    owners = torch.empty(tiles, **integers)  # type: ignore[call-overload]
     step = min(1024, max(16, power(pairs)))
-    _order[(1,)](ids, counts, order, owners, pairs, experts, places, tiles, EXPERTS=room, TILE=tile, STEP=step, num_warps=8)
-    inner, results = rows.new_empty(pairs, intermediate), rows.new_empty(pairs, hidden)
-    fp8 = isinstance(gate_up, QuantizedArray)
-    block = 128 if fp8 else 64 if rows.element_size() == 4 else 128
-    widths = {"TILE": tile, "WIDTH": block, "FP8": fp8, "WIDEN": interpreted(), "num_warps": 4, "num_stages": 3}
-    _inner[(triton.cdiv(intermediate, 32), tiles)](
-        rows, order, owners, *parts(gate_up), inner, pairs, k, hidden, intermediate, ROWS=32, **widths
+    sizes = (pairs, k, experts)
+    _order[(1,)](
+        ids, counts, order, owners, *sizes, tiles * tile, tiles, EXPERTS=counts.shape[1], TILE=tile, STEP=step, num_warps=8
+    )
+    inner, results, y = rows.new_empty(pairs, room), rows.new_empty(pairs, hidden), torch.empty_like(rows)
+    widths = (hidden, intermediate, shared, room)
+    block = 128 if rows.element_size() == 2 else 64
+    choice = {"TILE": tile, "WIDTH": block, "FP8": isinstance(gate_up, QuantizedArray), "WIDEN": interpreted(), "num_stages": 3}
+    _inner[(triton.cdiv(room, 32), tiles)](
+        rows, order, owners, *parts(gate_up), *parts(shared_gate_up), inner, *sizes, *widths, ROWS=32, num_warps=4, **choice
     )
     _outer[(triton.cdiv(hidden, 64), tiles)](
-        inner, order, owners, *parts(down), results, pairs, hidden, intermediate, ROWS=64, **widths
+        inner, order, owners, *parts(down), *parts(shared_down), results, pairs, experts, *widths, ROWS=64, num_warps=4, **choice
     )
-    return results
+    combine(results, weights, gate, results[k:], y, (k + 1) * hidden, (k + 1) * hidden)
+    return y
