@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch.nn.functional import linear as torch_linear
@@ -22,7 +22,7 @@ BANDWIDTH = 4.58e12
 FORM = QuantType(f8_e4m3, (128, 128), f32)
 
 
-def micros(calls: list[Callable[[], object]], rounds: int = 7) -> float:
+def micros(calls: Sequence[Callable[[], object]], rounds: int = 7) -> float:
     """Microseconds a call, of a graph of all of them in turn."""
     if DEVICE == "cpu":
         calls[0]()
@@ -36,14 +36,14 @@ def micros(calls: list[Callable[[], object]], rounds: int = 7) -> float:
             call()
     times = []
     for _ in range(rounds):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         graph.replay()
         start.record()
         graph.replay()
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) * 1000 / len(calls))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -58,7 +58,7 @@ def weight(*shape: int, fp8: bool) -> torch.Tensor | QuantizedArray:
     return QuantizedArray((made * 100).to(torch.float8_e4m3fn), scale, FORM, shape)
 
 
-def patched(module: object, values: dict[str, object], run: Callable[[], float]) -> float:
+def patched(module: object, values: Mapping[str, object], run: Callable[[], float]) -> float:
     before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
@@ -76,46 +76,49 @@ def show(name: str, floor: float, time: float, note: object = "") -> None:
     print(f"{name:34s} {time:8.1f} us  floor {floor:7.1f}  {100 * floor / time if time else 0:4.0f}%  {note}", flush=True)
 
 
-def experts(tokens: int, fp8: bool, variants: list[dict[str, object]], scale: int) -> None:
-    E, H, I, k, copies = 512 // scale, 2048 // scale, 512 // scale, 10, 2 if tokens > 8 else 4
+def experts(tokens: int, fp8: bool, variants: Sequence[Mapping[str, object]], scale: int) -> None:
+    count, width, inner, k, copies = 512 // scale, 2048 // scale, 512 // scale, 10, 2 if tokens > 8 else 4
     sets = []
     for _ in range(copies):
-        sets.append([weight(E, 2 * I, H, fp8=fp8), weight(E, H, I, fp8=fp8), weight(2 * I, H, fp8=fp8), weight(H, I, fp8=fp8)])
-    ids = [torch.rand(tokens, E, device=DEVICE).topk(k).indices.int()[None] for _ in range(copies)]
+        sets.append(
+            [
+                weight(*shape, fp8=fp8)
+                for shape in ((count, 2 * inner, width), (count, width, inner), (2 * inner, width), (width, inner))
+            ]
+        )
+    ids = [torch.rand(tokens, count, device=DEVICE).topk(k).indices.int()[None] for _ in range(copies)]
     x, shares, gate = (
-        random(1, tokens, H),
+        random(1, tokens, width),
         torch.full((1, tokens, k), 0.1, device=DEVICE, dtype=torch.bfloat16),
         random(1, tokens, 1),
     )
-    hit = statistics.mean(len(i.unique()) for i in ids) + 1
-    floor = hit * 3 * H * I * (1 if fp8 else 2) / BANDWIDTH * 1e6
-    calls = [lambda s=s, i=i: moe.shared_moe(SharedMoE(), x, shares, i, gate, *s) for s, i in zip(sets, ids)]
+    hit = statistics.mean(len(torch.unique(i)) for i in ids) + 1
+    floor = hit * 3 * width * inner * (1 if fp8 else 2) / BANDWIDTH * 1e6
+    calls = [partial(moe.shared_moe, SharedMoE(), x, shares, i, gate, *s) for s, i in zip(sets, ids)]
     for values in variants:
         show(f"shared_moe {'fp8' if fp8 else 'bf16'} tokens={tokens}", floor, patched(moe, values, lambda: micros(calls)), values)
 
 
-def products(tokens: int, out: int, width: int, fp8: bool, variants: list[dict[str, object]]) -> None:
+def products(tokens: int, out: int, width: int, fp8: bool, variants: Sequence[Mapping[str, object]]) -> None:
     copies = max(3, 150_000_000 // (out * width * 2))
     sets = [weight(out, width, fp8=fp8) for _ in range(copies)]
     x = random(1, tokens, width)
     floor = out * width * (1 if fp8 else 2) / BANDWIDTH * 1e6
     name = f"linear {'fp8' if fp8 else 'bf16'} {tokens}x{width}->{out}"
     if not fp8:
-        show(name, floor, micros([lambda w=w: torch_linear(x, w) for w in sets]), "cuBLAS")
+        show(name, floor, micros([partial(torch_linear, x, w) for w in sets if isinstance(w, torch.Tensor)]), "cuBLAS")
     for values in variants:
-        show(
-            name, floor, patched(linear, values, lambda: micros([lambda w=w: linear.linear(Linear(), x, w) for w in sets])), values
-        )
+        show(name, floor, patched(linear, values, lambda: micros([partial(linear.linear, Linear(), x, w) for w in sets])), values)
 
 
-def recurrence(tokens: int, variants: list[dict[str, object]]) -> None:
+def recurrence(tokens: int, variants: Sequence[Mapping[str, object]]) -> None:
     op = PackedGatedDeltaNet(16, 32, 128, 128, scale=128**-0.5, eps=1e-6)
     copies = max(2, 64 // tokens)
     delta = torch.randn(copies * tokens + 1, 32, 128, 128, device=DEVICE)
     conv = random(copies * tokens + 1, 8192, 3)
     x, taps, rate, bias, norm = random(1, tokens, 12352), random(8192, 1, 4), random(32), random(32), random(128)
     slots = [torch.arange(1 + c * tokens, 1 + (c + 1) * tokens, device=DEVICE, dtype=torch.int32) for c in range(copies)]
-    calls = [lambda s=s: delta_net.packed_gated_delta_net(op, x, taps, rate, bias, norm, conv, delta, s, s) for s in slots]
+    calls = [partial(delta_net.packed_gated_delta_net, op, x, taps, rate, bias, norm, conv, delta, s, s) for s in slots]
     floor = tokens * 32 * 128 * 128 * 8 / BANDWIDTH * 1e6
     for values in variants:
         show(f"packed_gated_delta_net tokens={tokens}", floor, patched(delta_net, values, lambda: micros(calls)), values)
@@ -127,32 +130,20 @@ def main() -> None:
     parser.add_argument("which", nargs="*", default=["moe", "delta", "linear"])
     which = parser.parse_args().which
     if "delta" in which:
-        grid = [{"ELEMENTS": e, "WARPS": w} for e, w in ((4096, 4), (8192, 4), (4096, 2), (2048, 2), (2048, 1))]
-        for tokens in (1, 8, 64):
-            recurrence(tokens, grid)
-        recurrence(256, grid[:2])
+        for tokens in (1, 8, 64, 256):
+            recurrence(tokens, [{"ELEMENTS": e, "WARPS": w} for e, w in ((4096, 2), (4096, 4), (8192, 4))])
     if "linear" in which:
-        one = [{"ONE_SHOT": s, "ONE_WARPS": w} for s, w in ((8192, 4), (4096, 4), (4096, 2))]
-        few = [{"SMALL": 1 << 40, "FEW_BLOCK": b} for b in (256, 512)]
         for out, width in ((12352, 2048), (2048, 4096), (513, 2048)):
-            products(1, out, width, False, one)
-            products(8, out, width, False, few)
-        products(1, 12288, 2048, True, one)
-        products(1, 2048, 4096, True, one)
-        products(8, 12288, 2048, True, [{"FEW_BLOCK": b} for b in (128, 256, 512)])
-        products(8, 2048, 4096, True, [{"FEW_BLOCK": b} for b in (128, 256, 512)])
+            products(1, out, width, False, [{}])
+            products(8, out, width, False, [{}, {"SMALL": 1 << 40}])
+        for tokens in (1, 8):
+            products(tokens, 12288, 2048, True, [{}])
+            products(tokens, 2048, 4096, True, [{}])
     if "moe" in which:
-        grid = [
-            {"ROWS": r, "OUTPUTS": o, "WARPS": w, "FEW": 64}
-            for r, o, w in ((4, 16, 4), (8, 16, 4), (2, 8, 4))
-        ]
-        experts(1, False, grid, 1)
-        experts(1, True, grid, 1)
-        experts(4, False, [*grid[:2], {"FEW": 0}], 1)
-        experts(8, False, [*grid[:2], {"FEW": 0}], 1)
-        experts(8, True, [*grid[:2], {"FEW": 0}], 1)
-        experts(64, False, [{}], 1)
+        for tokens in (1, 8, 64):
+            for fp8 in (False, True):
+                experts(tokens, fp8, [{}], 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

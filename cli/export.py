@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deltaloom.runtime.onnx_coverage import OnnxCoverage
     from deltaloom.runtime.onnx_export import ExportResult
 
-FAILED = 1
+FAILED, WRONG = 1, 2
 
 
 def export(
@@ -44,6 +44,9 @@ def export(
         bool, typer.Option("--genai-config", help="Write genai_config.json for onnxruntime-genai too.")
     ] = False,
     hf_overrides: options.HfOverrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the file, and its results beside ours; exits with 2 where it is wrong.")
+    ] = False,
     list_ops: Annotated[
         bool, typer.Option("--list-ops", help="Show which ops can be exported in which profile, and exit.")
     ] = False,
@@ -64,11 +67,15 @@ def export(
             settings.value("model", "model"), model_file(output, op), profile=profile, opset=opset, functions=functions,
             weights=weights, dtype=dtype, nodes=nodes, op=op, state_names=state_names, mtp=mtp, genai_config=genai_config,
             quantise=settings.value("compile", "quantise") or None, hf_overrides=settings.value("model", "hf_overrides"),
+            verify=verify,
         )  # fmt: skip
     except DeltaloomError as error:
         print("\n".join([f"deltaloom: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         raise typer.Exit(FAILED) from None
     show(result, as_json=as_json)
+    if result.report is not None and not result.report.ok:
+        print("\n".join(f"deltaloom: {failure}" for failure in result.report.failures), file=sys.stderr)
+        raise typer.Exit(WRONG)
 
 
 def model_file(output: Path, op: str | None) -> Path:
@@ -91,12 +98,19 @@ def show(result: "ExportResult", *, as_json: bool) -> None:
             ("functions", f"{len(one.functions)}: {listed(one.functions)}" if one.functions else "none, the graph is flat"),
             ("weights", one.weights + (f", {len(one.derived)} of them derived" if one.derived else "")),
         ]
-        print(columns([*rows, *(("note", warning) for warning in one.warnings)]))
+        rows += [("note", warning) for warning in one.warnings]
+        if one.report is not None:
+            checks, worst = one.report.rows, max(one.report.rows, key=lambda row: row.error)
+            good = sum(row.ok for row in checks)
+            rows.append(("verified", f"{good} of {len(checks)} checks hold, largest error {worst.error:.2g} ({worst.case})"))
+        print(columns(rows))
 
 
 def as_object(result: "ExportResult") -> dict[str, Any]:
     """The result as JSON."""
-    fields = {key: value for key, value in vars(result).items() if key != "mtp"}
+    fields = {key: value for key, value in vars(result).items() if key not in ("mtp", "report")}
+    if result.report is not None:
+        fields["verified"] = [{**vars(row), "ok": row.ok} for row in result.report.rows]
     return {**fields, "path": str(result.path), "files": [str(file) for file in result.files]}
 
 

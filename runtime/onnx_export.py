@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltaloom import __version__
 from deltaloom.backends.onnx.cut import cut, only_op
@@ -21,6 +21,7 @@ from deltaloom.graph.errors import ExportError, require
 from deltaloom.graph.ir import Graph
 from deltaloom.graph.types import DType, bf16
 from deltaloom.models.json_fields import as_path
+from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.pipeline import Context, run_pipeline
 from deltaloom.passes.quantise_policy import Policy, check_matches, parameter_names, quantise_policy
 from deltaloom.passes.table import make_pass
@@ -29,6 +30,9 @@ from deltaloom.runtime.genai_config import genai_config as genai_config_of
 from deltaloom.runtime.onnx_files import Writer, check_targets, write_files
 from deltaloom.runtime.onnx_source import Exportable, Source, read_source
 
+if TYPE_CHECKING:
+    from deltaloom.runtime.onnx_verify import VerifyReport
+
 MTP_FILE = "mtp.onnx"
 SUFFIX = ".onnx"
 
@@ -36,7 +40,8 @@ SUFFIX = ".onnx"
 @dataclass(frozen=True)
 class ExportResult:
     """What was written. ``path``: the model; ``files``: all files, its own last; ``weights``: where they lie; ``derived``: names of
-    weights that no tensor of the checkpoint is; ``warnings``: sentences on what a user may not expect; ``mtp``: the MTP head."""
+    weights that no tensor of the checkpoint is; ``warnings``: sentences on what a user may not expect; ``mtp``: the MTP head;
+    ``report``: what verification found, if it was asked for."""
 
     path: Path
     inputs: tuple[str, ...]
@@ -50,6 +55,7 @@ class ExportResult:
     files: tuple[Path, ...]
     warnings: tuple[str, ...] = ()
     mtp: ExportResult | None = None
+    report: VerifyReport | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ def export_onnx(
     genai_config: bool = False,
     quantise: str | Mapping[str, str] | None = None,
     hf_overrides: Mapping[str, Any] | None = None,
+    verify: bool = False,
 ) -> ExportResult:
     """Write a model, a part of it or a graph as ONNX; one file serves prefill, chunks and decode, with every state an input and an
     output.
@@ -119,7 +126,8 @@ def export_onnx(
     default the logits of a model and all of another graph. ``state_names``: "portable", "genai" or "transformersjs". ``mtp``: write
     the MTP head too, as mtp.onnx beside the model, which then gives its hidden states; ``genai_config``: genai_config.json too,
     with which onnxruntime-genai generates. ``quantise``: as in ``CompileConfig``; what
-    a checkpoint stores quantised always stays so.
+    a checkpoint stores quantised always stays so. ``verify``: check what was written (``deltaloom.runtime.onnx_verify``), which
+    ``report`` of the result then says; a whole model is loaded for it.
 
     Raises ``ExportError`` and whatever a checkpoint is refused for, before any file is written; a file that was not finished is not
     left behind, and no file of the checkpoint is overwritten."""
@@ -133,9 +141,34 @@ def export_onnx(
     request.check()
     source = read_source(model, dtype, hf_overrides)
     try:
-        return _export(_quantised(source, quantise), target, request)
+        result = _export(_quantised(source, quantise), target, request)
     finally:
         source.close()
+    if not verify:
+        return result
+    return replace(result, report=_verified(result, source, request, dtype, quantise, hf_overrides))
+
+
+def _verified(
+    result: ExportResult,
+    source: Source,
+    request: _Request,
+    dtype: str,
+    quantise: str | Mapping[str, str] | None,
+    hf_overrides: Mapping[str, Any] | None,
+) -> VerifyReport:
+    """What verification finds; a whole checkpoint is loaded as NumPy runs it."""
+    from deltaloom.runtime.load import load
+    from deltaloom.runtime.onnx_verify import verify_export
+
+    if not request.whole or source.folder is None or result.weights == "none" or not source.weights:
+        return verify_export(result, None, dtype, one_op=request.op is not None)
+    config = CompileConfig(dtype="float32", quantise=quantise or {}, keep_quantized=True)
+    report = verify_export(result, load(source.folder, config=config, hf_overrides=hf_overrides), dtype)
+    if result.mtp is not None:
+        rows = verify_export(result.mtp, None, dtype).rows
+        report.rows += [replace(row, case=f"{result.mtp.path.name}: {row.case}") for row in rows]
+    return report
 
 
 def _export(source: Source, target: Path, request: _Request) -> ExportResult:

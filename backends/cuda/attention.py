@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaloom.backends.cuda.table import at_most, dependent, floats, interpreted, power, table, tokens_of
+from deltaloom.backends.cuda.table import at_most, floats, interpreted, power, table, tokens_of
 from deltaloom.graph.ir import Node
 from deltaloom.ops.gated_paged_attention import GatedPagedAttention
 from deltaloom.ops.serving import tokens_each
@@ -60,13 +60,9 @@ def _split(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     WIDEN: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """Unnormalised sums [GROUP, D], peaks and totals of one part."""
     seq, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     past = tl.load(contexts + seq)
     count = past + 1
     length = tl.cdiv(tl.cdiv(count, splits), TILE) * TILE
@@ -136,7 +132,6 @@ def _merge(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """One query head of one token."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -144,9 +139,6 @@ def _merge(
     part, at = tl.arange(0, PARTS), tl.arange(0, WIDTH)
     inside = at < D
     slot = ((token * (HEADS // GROUP) + head // GROUP) * splits + part) * GROUP + head % GROUP
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     peak = tl.load(peaks + slot, part < splits, other=float("-inf"))
     weight = tl.exp(peak - tl.max(peak, 0))
     total = tl.sum(weight * tl.load(totals + slot, part < splits, other=0.0), 0)
@@ -206,7 +198,6 @@ def gated_paged_attention(
         WIDEN=interpreted(),
         num_warps=4,
         num_stages=3,
-        **dependent(),
     )
     _merge[(tokens, heads)](
         sums,
@@ -222,6 +213,5 @@ def gated_paged_attention(
         WIDTH=power(width),
         PARTS=power(splits),
         num_warps=4,
-        **dependent(),
     )
     return out, key_pool, value_pool

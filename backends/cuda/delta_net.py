@@ -13,15 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaloom.backends.cuda.table import at_most, dependent, floats, power, table
+from deltaloom.backends.cuda.table import at_most, floats, power, table
 from deltaloom.graph.ir import Node
 from deltaloom.graph.types import f32
 from deltaloom.ops.packed_delta_net import PackedGatedDeltaNet
 from deltaloom.ops.serving import tokens_each
 from deltaloom.passes.kernel import absent, dtype_in
 
-ELEMENTS, WARPS = 4096, 4
-"""Numbers of the state that a program holds, and its warps."""
+ELEMENTS, WARPS = 4096, 2
+"""Numbers of the state that a program holds at a time, and its warps."""
+
+FEW = 4
+"""Sequences up to which a program has one tile, so that there are many; with more it has all values of a head."""
 
 
 def one_token(node: Node) -> str | None:
@@ -112,43 +115,41 @@ def _delta_net(
     VALUES: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    PDL: tl.constexpr,
+    STEPS: tl.constexpr,
 ) -> None:
-    """TILE values of one head of one sequence. Whichever program of a key head ends last norms its value heads and
+    """STEPS times TILE values of one head of one sequence. Whichever program of a key head ends last norms its value heads and
     moves the convolution's state on, which no other reads any more; it leaves ``done`` at 0 as it found it."""
     tile, own, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     dtype = out.dtype.element_ty
     HEADS: tl.constexpr = KEY_HEADS * REPEATS
     CHANNELS: tl.constexpr = 2 * KEY_HEADS * DK + HEADS * DV
     head = own // REPEATS
-    key, value = tl.arange(0, KEYS), tile * TILE + tl.arange(0, TILE)
-    is_key, inside = key < DK, value < DV
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    key = tl.arange(0, KEYS)
+    is_key = key < DK
     read, write = tl.load(reads + token).to(tl.int64), tl.load(writes + token).to(tl.int64)
-    held = is_key[:, None] & inside[None, :]
-    place = (own * DK + key[:, None]) * DV + value[None, :]
-    S = tl.load(delta + read * (HEADS * DK * DV) + place, tl.where(held, read, -1) >= 0, other=0.0)
-    rate = tl.exp(tl.load(a_log + own).to(tl.float32))
-    bias = tl.load(dt_bias + own).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     row = projected + token * stride
-    v = _convolved(row, conv_weight, conv, 2 * KEY_HEADS * DK + own * DV + value, inside, read, CHANNELS, TAPS)
     q = _convolved(row, conv_weight, conv, head * DK + key, is_key, read, CHANNELS, TAPS)
     k = _convolved(row, conv_weight, conv, (KEY_HEADS + head) * DK + key, is_key, read, CHANNELS, TAPS)
     q = q * tl.rsqrt(tl.sum(q * q, 0) + l2_eps) * scale
     k = k * tl.rsqrt(tl.sum(k * k, 0) + l2_eps)
     gates = row + CHANNELS + HEADS * DV
-    a = tl.load(gates + HEADS + own).to(tl.float32) + bias
-    decay = tl.exp(-rate * (tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))))
+    a = tl.load(gates + HEADS + own).to(tl.float32) + tl.load(dt_bias + own).to(tl.float32)
+    softplus = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
+    decay = tl.exp(-tl.exp(tl.load(a_log + own).to(tl.float32)) * softplus)
     beta = (1.0 / (1.0 + tl.exp(-tl.load(gates + own).to(tl.float32)))).to(dtype).to(tl.float32)
-    S = S * decay
-    change = (v - tl.sum(S * k[:, None], 0)) * beta
-    S += k[:, None] * change[None, :]
-    tl.store(delta + write * (HEADS * DK * DV) + place, S, tl.where(held, write, -1) >= 0)
     result = raw + token * (HEADS * DV)
-    tl.store(result + own * DV + value, tl.sum(S * q[:, None], 0).to(dtype), inside)
+    for step in tl.static_range(STEPS):
+        value = (tile * STEPS + step) * TILE + tl.arange(0, TILE)
+        inside = value < DV
+        held = is_key[:, None] & inside[None, :]
+        place = (own * DK + key[:, None]) * DV + value[None, :]
+        S = tl.load(delta + read * (HEADS * DK * DV) + place, tl.where(held, read, -1) >= 0, other=0.0)
+        v = _convolved(row, conv_weight, conv, 2 * KEY_HEADS * DK + own * DV + value, inside, read, CHANNELS, TAPS)
+        S = S * decay
+        change = (v - tl.sum(S * k[:, None], 0)) * beta
+        S += k[:, None] * change[None, :]
+        tl.store(delta + write * (HEADS * DK * DV) + place, S, tl.where(held, write, -1) >= 0)
+        tl.store(result + own * DV + value, tl.sum(S * q[:, None], 0).to(dtype), inside)
     tl.debug_barrier()
     counter = done + token * KEY_HEADS + head
     if tl.atomic_add(counter, 1) == TILES * REPEATS - 1:
@@ -203,7 +204,9 @@ def packed_gated_delta_net(
     raw, out = projected.new_empty(2, 1, tokens, op.value_heads * op.value_dim)
     keys, values, r = power(op.key_dim), power(op.value_dim), power(repeats)
     tile = max(1, min(values, ELEMENTS // keys))
-    _delta_net[(triton.cdiv(op.value_dim, tile), op.value_heads, tokens)](
+    steps = 1 if tokens <= FEW else values // tile
+    tiles = triton.cdiv(op.value_dim, tile * steps)
+    _delta_net[(tiles, op.value_heads, tokens)](
         projected,
         conv_weight,
         a_log,
@@ -229,8 +232,8 @@ def packed_gated_delta_net(
         KEYS=keys,
         VALUES=values,
         TILE=tile,
-        TILES=triton.cdiv(op.value_dim, tile),
+        TILES=tiles,
+        STEPS=steps,
         num_warps=WARPS,
-        **dependent(),
     )
     return out, conv, delta

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear as torch_linear
 
-from deltaloom.backends.cuda.quantized import parts, plain_or_fp8
-from deltaloom.backends.cuda.table import dependent, floats, interpreted, power, table
+from deltaloom.backends.cuda.quantized import BLOCK, parts, plain_or_fp8
+from deltaloom.backends.cuda.table import floats, interpreted, power, table
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.ops.quantized import plain_tensor
@@ -24,14 +24,14 @@ FEW = 64
 SMALL = 1 << 21
 """Elements of a weight up to which some rows are no work for cuBLAS, which takes two launches for it."""
 
-FEW_BLOCK = 256
-ONE_WARPS = 4
+FEW_BYTES = 1024
+"""Bytes of a row that a program of ``_few_rows`` reads at once."""
 
 LONGEST = 2048
 """Columns of a row that a program reads at once."""
 
 ONE_SHOT = 8192
-"""Weights that a program reads at once."""
+"""Bytes of weights that a program of ``_one_row`` reads at once."""
 
 
 @triton.jit
@@ -45,18 +45,13 @@ def _one_row(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
-    """ROWS elements of y = weight x. The first weights are asked for before x is waited for."""
+    """ROWS elements of y = weight x."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = row < rows
     blocks = scale + (tl.program_id(0) * ROWS // 128) * ((width + 127) // 128)
     place = row[:, None].to(tl.int64) * width + column[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     w = tl.load(weight + place, inside[:, None] & (column < width)[None, :], other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     f = tl.load(x + column, column < width, other=0.0).to(tl.float32)
     if FP8:
         f = f * tl.load(blocks + column // 128, column < width, other=0.0)
@@ -85,29 +80,29 @@ def _few_rows(
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
     WIDEN: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """ROWS columns of y [count, rows] = x [count, width] weight^T."""
     row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COUNT)
     inside, real = row < rows, at < count
     blocks = scale + (tl.program_id(0) * ROWS // 128) * ((width + 127) // 128)
     total = tl.zeros([COUNT, ROWS], tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     for start in range(0, width, WIDTH):
         column = start + tl.arange(0, WIDTH)
         known = column < width
         f = tl.load(x + at[:, None] * width + column[None, :], real[:, None] & known[None, :], other=0.0)
         place = row[None, :].to(tl.int64) * width + column[:, None]
         w = tl.load(weight + place, inside[None, :] & known[:, None], other=0.0)
-        if FP8:
-            w = (w.to(tl.float32) * tl.load(blocks + column // 128, known, other=0.0)[:, None]).to(f.dtype)
         if WIDEN:
-            total += tl.dot(f.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+            part = tl.dot(f.to(tl.float32), w.to(tl.float32), input_precision="ieee")
         else:
-            total += tl.dot(f, w, input_precision="ieee")
+            part = tl.dot(f, w.to(f.dtype), input_precision="ieee")
+        total += part * tl.load(blocks + start // 128) if FP8 else part
     tl.store(y + at[:, None] * rows + row[None, :], total.to(y.dtype.element_ty), real[:, None] & inside[None, :])
+
+
+def plain_block(width: int, itemsize: int) -> int:
+    """Columns of a tile; the matrix units take no fewer than 16."""
+    return max(16, min(FEW_BYTES // itemsize, power(width)))
 
 
 @table.kernel("linear", when=(absent("bias"), floats("x"), plain_or_fp8("weight")), quantised=True)
@@ -124,12 +119,12 @@ def linear(op: Op, x: torch.Tensor, weight: torch.Tensor | QuantizedArray) -> to
     y = x.new_empty(count, rows)
     if count == 1:
         block = min(LONGEST, power(width))
-        step = max(1, min(128, ONE_SHOT // block))
+        step = max(1, min(128, ONE_SHOT // (block * (1 if fp8 else x.element_size()))))
         grid = (triton.cdiv(rows, step),)
-        _one_row[grid](flat, *parts(weight), y, rows, width, ROWS=step, WIDTH=block, FP8=fp8, num_warps=ONE_WARPS, **dependent())
+        _one_row[grid](flat, *parts(weight), y, rows, width, ROWS=step, WIDTH=block, FP8=fp8, num_warps=4 if fp8 else 2)
     else:
         step = 16 if rows <= 4096 else 32
-        block = min(FEW_BLOCK, max(16, power(width))) // (2 if x.element_size() == 4 else 1)
+        block = BLOCK if fp8 else plain_block(width, x.element_size())
         _few_rows[(triton.cdiv(rows, step),)](
             flat,
             *parts(weight),
@@ -143,8 +138,7 @@ def linear(op: Op, x: torch.Tensor, weight: torch.Tensor | QuantizedArray) -> to
             FP8=fp8,
             WIDEN=interpreted(),
             num_warps=4,
-            num_stages=3,
-            **dependent(),
+            num_stages=4 if fp8 else 3,
         )
     return y.view(*x.shape[:-1], rows)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from deltaloom.backends.cuda.moe_sorted import combine, shared_moe_sorted
 from deltaloom.backends.cuda.quantized import parts, plain_or_fp8, whole_blocks
-from deltaloom.backends.cuda.table import at_most, dependent, floats, power, table
+from deltaloom.backends.cuda.table import at_most, floats, power, table
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.passes.kernel import is_param
@@ -23,8 +23,9 @@ from deltaloom.passes.kernel import is_param
 FEW = 12
 """Tokens up to which experts are not sorted."""
 
-ROWS, OUTPUTS = 4, 16
-"""Numbers that a program of the first and of the second product gives; all that it reads is on its way at once."""
+ROWS, OUTPUTS = 8, 16
+"""Numbers that a program of the first product gives where weights take a byte, and of the second; all that it reads is on its way
+at once."""
 
 LONGEST = 2048
 """Columns of a matrix that a program reads at once."""
@@ -86,14 +87,10 @@ def _inner(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """ROWS numbers of silu(gate) * up of one token and one of its k + 1 experts, of which the last is the shared one."""
     pair, first = tl.program_id(1), tl.program_id(0) * ROWS
     dtype = inner.dtype.element_ty
-    if PDL:  # in this order: the next kernel may read the router's choice before it waits for this one
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     token, rank = pair // (k + 1), pair % (k + 1)
     row = x + token.to(tl.int64) * hidden
     at = first + tl.arange(0, ROWS)
@@ -138,13 +135,10 @@ def _outer(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """ROWS outputs of one token's expert, or of the shared one."""
     pair, first = tl.program_id(1), tl.program_id(0) * ROWS
     token, rank = pair // (k + 1), pair % (k + 1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     at = first + tl.arange(0, ROWS)
     inside = at < hidden
     matrix, scale, size = shared, shared_scale, shared_width
@@ -155,8 +149,6 @@ def _outer(
         size = intermediate
     source = inner + pair.to(tl.int64) * room
     w = _tile(matrix, first, size, inside, 0, ROWS, WIDTH)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     total = _times(w, source, scale, first, size, 0, WIDTH, FP8)
     for start in range(WIDTH, size, WIDTH):
         w = _tile(matrix, first, size, inside, start, ROWS, WIDTH)
@@ -199,20 +191,20 @@ def shared_moe(
     intermediate, shared = down.shape[2], shared_down.shape[1]
     room, pairs, fp8 = max(intermediate, shared), tokens * (k + 1), isinstance(gate_up, QuantizedArray)
     inner, results, y = rows.new_empty(pairs, room), rows.new_empty(pairs, hidden), torch.empty_like(rows)
+    step = ROWS if fp8 else ROWS // 2
     sizes = (k, hidden, intermediate, shared, room)
     width, inner_width = min(LONGEST, power(hidden)), min(LONGEST, power(room))
-    _inner[(triton.cdiv(room, ROWS), pairs)](
+    _inner[(triton.cdiv(room, step), pairs)](
         rows,
         ids,
         *parts(gate_up),
         *parts(shared_gate_up),
         inner,
         *sizes,
-        ROWS=ROWS,
+        ROWS=step,
         WIDTH=width,
         FP8=fp8,
         num_warps=WARPS,
-        **dependent(),
     )
     _outer[(triton.cdiv(hidden, OUTPUTS), pairs)](
         inner,
@@ -225,7 +217,6 @@ def shared_moe(
         WIDTH=inner_width,
         FP8=fp8,
         num_warps=WARPS,
-        **dependent(),
     )
     combine(results, weights, gate, results[k:], y, (k + 1) * hidden, (k + 1) * hidden)
     return y.view(x.shape)

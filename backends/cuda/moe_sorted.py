@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from deltaloom.backends.cuda.quantized import parts
-from deltaloom.backends.cuda.table import dependent, interpreted, power
+from deltaloom.backends.cuda.table import interpreted, power
 from deltaloom.graph.quantized import QuantizedArray
 
 MANY = 8192
@@ -96,12 +96,11 @@ def _product(
         known = column < width
         f = tl.load(x + source[:, None] * room + column[None, :], real[:, None] & known[None, :], other=0.0)
         w = tl.load(matrix + row[None, :] * width + column[:, None], inside[None, :] & known[:, None], other=0.0)
-        if FP8:
-            w = (w.to(tl.float32) * tl.load(blocks + column // 128, known, other=0.0)[:, None]).to(f.dtype)
         if WIDEN:
-            total += tl.dot(f.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+            part = tl.dot(f.to(tl.float32), w.to(tl.float32), input_precision="ieee")
         else:
-            total += tl.dot(f, w, input_precision="ieee")
+            part = tl.dot(f, w.to(f.dtype), input_precision="ieee")
+        total += part * tl.load(blocks + start // 128) if FP8 else part
     return total
 
 
@@ -203,12 +202,8 @@ def _combined(
     shared_stride: tl.tensor,
     PICKS: tl.constexpr,
     WIDTH: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """The weighted sum of a token's experts, and the shared expert's part."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(1).to(tl.int64)
     dtype = y.dtype.element_ty
     at, pick = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.arange(0, PICKS)
@@ -237,9 +232,7 @@ def combine(
     k = weights.shape[-1]
     width = min(256, power(hidden))
     grid = (triton.cdiv(hidden, width), tokens)
-    _combined[grid](
-        results, weights, gate, shared, y, k, hidden, stride, shared_stride, PICKS=power(k), WIDTH=width, num_warps=4, **dependent()
-    )
+    _combined[grid](results, weights, gate, shared, y, k, hidden, stride, shared_stride, PICKS=power(k), WIDTH=width, num_warps=4)
 
 
 def shared_moe_sorted(
@@ -269,7 +262,7 @@ def shared_moe_sorted(
     )
     inner, results, y = rows.new_empty(pairs, room), rows.new_empty(pairs, hidden), torch.empty_like(rows)
     widths = (hidden, intermediate, shared, room)
-    block = 128 if rows.element_size() == 2 else 64
+    block = 128 if rows.element_size() == 2 or isinstance(gate_up, QuantizedArray) else 64
     choice = {"TILE": tile, "WIDTH": block, "FP8": isinstance(gate_up, QuantizedArray), "WIDEN": interpreted(), "num_stages": 3}
     _inner[(triton.cdiv(room, 32), tiles)](
         rows, order, owners, *parts(gate_up), *parts(shared_gate_up), inner, *sizes, *widths, ROWS=32, num_warps=4, **choice

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaloom.backends.cuda.table import WIDEST, at_most, dependent, floats, power, table
+from deltaloom.backends.cuda.table import WIDEST, at_most, floats, power, table
 from deltaloom.ops.fused_norm import AddRMSNorm
 
 
@@ -24,15 +24,11 @@ def _add_rms_norm(
     width: tl.tensor,
     WIDTH: tl.constexpr,
     LIFTED: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     at = tl.arange(0, WIDTH)
     inside = at < width
     place = tl.program_id(0).to(tl.int64) * width + at
     w = tl.load(weight + at, inside, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     both = tl.load(x + place, inside, other=0.0).to(tl.float32) + tl.load(delta + place, inside, other=0.0).to(tl.float32)
     kept = both.to(total.dtype.element_ty)
     f = kept.to(tl.float32)
@@ -50,7 +46,5 @@ def add_rms_norm(op: AddRMSNorm, x: torch.Tensor, delta: torch.Tensor, weight: t
     total, out = torch.empty_like(x), torch.empty_like(x)
     warps = min(8, max(1, power(width) // 256))
     grid = (x.numel() // width,)
-    _add_rms_norm[grid](
-        x, delta, weight, total, out, op.eps, width, WIDTH=power(width), LIFTED=op.zero_centred, num_warps=warps, **dependent()
-    )
+    _add_rms_norm[grid](x, delta, weight, total, out, op.eps, width, WIDTH=power(width), LIFTED=op.zero_centred, num_warps=warps)
     return total, out

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaloom.backends.cuda.table import WIDEST, at_most, dependent, floats, power, table
+from deltaloom.backends.cuda.table import WIDEST, at_most, floats, power, table
 from deltaloom.ops.fused_attention import QKVNormRope
 from deltaloom.ops.rope import RotaryEmbedding
 
@@ -35,7 +35,6 @@ def _norm_rope(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     LIFTED: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """One head of one token. The partner of a number in the rotation is read a second time rather than exchanged."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -48,9 +47,6 @@ def _norm_rope(
     is_q = head < HEADS
     own = head - HEADS
     source = projected + token * stride + tl.where(is_q, head * D, k_start + own * D)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     x = tl.load(source + at, inside, other=0.0).to(tl.float32)
     y = tl.load(source + other, inside, other=0.0).to(tl.float32)
     if is_q:
@@ -110,7 +106,6 @@ def qkv_norm_rope(
         WIDTH=power(width),
         LIFTED=op.zero_centred,
         num_warps=2,
-        **dependent(),
     )
     _, *gate, _, v = torch.split(projected, list(sizes), -1)
     return q, k, torch.unflatten(v, -1, (op.kv_heads, width)), *gate

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaloom.backends.cuda.table import at_most, dependent, floats, power, table, tokens_of
+from deltaloom.backends.cuda.table import at_most, floats, power, table, tokens_of
 from deltaloom.ops.fused_moe import GatedRouter
 
 MOST_EXPERTS = 4096
@@ -28,16 +28,12 @@ def _gated_router(
     PICKS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NARROW: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """Order and number of an expert are one integer, so that ties go to the lowest id: the floats' bits sort as integers once the
     low bits of negative ones are flipped. For dtypes of 16 bits both fit into 32, whose maximum over a warp is one instruction."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, COLUMNS)
     row = logits + token * stride
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     f = tl.load(row + at, at < EXPERTS, other=float("-inf")).to(tl.float32) + 0.0
     tl.store(gates + token, tl.load(row + EXPERTS))
     highest = tl.max(f, 0)
@@ -85,6 +81,5 @@ def gated_router(op: GatedRouter, logits: torch.Tensor) -> tuple[torch.Tensor, t
         NORMALIZE=op.normalize,
         NARROW=logits.element_size() == 2,
         num_warps=1,
-        **dependent(),
     )
     return weights, ids, gates

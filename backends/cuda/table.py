@@ -27,14 +27,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-@cache
-def dependent() -> dict[str, bool]:
-    """How a kernel is launched that may begin before the one ahead of it has ended: it reads what does not change in a step,
-    weights and states, and then waits (programmatic dependent launch, from compute capability 9.0 on)."""
-    able = not interpreted() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
-
-
 def power(number: int) -> int:
     """The least power of two that is not below ``number``; Triton's blocks have such sizes."""
     return int(next_power_of_2(max(1, number)))

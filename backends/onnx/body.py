@@ -154,7 +154,8 @@ class Body:
         """An int or float attribute of the op as a scalar, int64 or float32."""
         found = self.reference(key)
         whole = isinstance(found.value, int)
-        (name,) = self.node("Constant", (), **{"value_int" if whole else "value_float": found})
+        given: dict[str, Any] = {"value_int" if whole else "value_float": found}
+        (name,) = self.node("Constant", (), **given)
         self.dtypes[name] = i64 if whole else f32
         return name
 

@@ -15,7 +15,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
 import deltaloom.ops  # noqa: E402, F401 - fills the registry
-from deltaloom.backends.cuda import moe  # noqa: E402
+from deltaloom.backends.cuda import linear, moe  # noqa: E402
 from deltaloom.backends.cuda.backend import CudaBackend  # noqa: E402
 from deltaloom.graph.errors import CompileError  # noqa: E402
 from deltaloom.graph.op import Case  # noqa: E402
@@ -143,6 +143,14 @@ def test_products_with_fp8(rows):
     for out, width in ((130, 128), (64, 300), (256, 257)):
         weight = Quantize(FP8).reference(draw.uniform(-1.0, 1.0, out, width))
         check(named("linear"), Case(ops.get("linear")(), (draw.uniform(-1.0, 1.0, 1, rows, width), weight)), f32)
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 17, 300, 2000])
+def test_products_of_few_rows_and_any_width(width):
+    draw = SeededDraw(width)
+    case = Case(ops.get("linear")(), (draw.uniform(-1.0, 1.0, 1, 5, width), draw.uniform(-1.0, 1.0, 20, width)))
+    check(named("linear"), case, f32)
+    assert all(linear.plain_block(width, itemsize) >= 16 for itemsize in (2, 4))
 
 
 def test_other_forms_are_refused():

@@ -138,6 +138,11 @@ def test_a_uniform_step_is_filled_with_rows_in_scratch() -> None:
         ([Segment((1,), 0, (1,), write_slots={1: 2})], None, "sequence 0 of the step names token [1], but has 1"),
         ([Segment((1,), 0, (b,), write_slots={0: 2}) for b in (1, 2)], None, "sequence 1 of the step writes slot 2, as sequence 0"),
         (
+            [Segment((1,), 4, (1, 2), 3), Segment((1,), 4, (3, 4), 5, {0: 3})],
+            None,
+            "sequence 0 of the step reads slot 3, which sequence 1 writes; write another slot",
+        ),
+        (
             [Segment((1,), 5, (1, 2)), Segment((1,), 4, (3, 2))],
             None,
             "sequence 0 of the step writes to block 2, which sequence [1] uses",
