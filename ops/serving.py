@@ -11,10 +11,10 @@ a pool in the place of each state, and, by name:
   pool [blocks, heads, block_size, width], at place p % block_size. Entries beyond the last position are not looked at.
 - ``context_lengths`` i32 [seqs]: positions of a sequence before this step.
 
-Reads see the pool of slots as it was before the step. Several sequences may read one slot; one that is written is read by the same
-sequence or by nobody, so that a kernel may advance a state where it lies. No two tokens of a step write the same slot or the same
-place of a block, and no sequence writes to a block that another one reads, but for slot 0 and block 0: these are scratch for padding
-rows, and nothing that counts is ever read there.
+Reads see the pool of slots as it was before the step. Several sequences may read one slot; one that is written is read by the
+same sequence or by nobody, so that a kernel may advance a state where it lies. No two tokens of a step write the same slot or the
+same place of a block, and no sequence writes to a block that another one reads, but for slot 0 and block 0: these are scratch for
+padding rows, and nothing that counts is ever read there.
 
 The reference of a serving form is a loop over the sequences that calls the reference of its base op.
 """

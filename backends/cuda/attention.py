@@ -197,7 +197,7 @@ def gated_paged_attention(
         TILE=SHORTEST,
         WIDEN=interpreted(),
         num_warps=4,
-        num_stages=3,
+        num_stages=3 if q.element_size() == 2 else 2,
     )
     _merge[(tokens, heads)](
         sums,

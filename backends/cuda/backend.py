@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,15 @@ from deltaloom.passes.kernel import Kernel
 
 FAMILIES = (attention, delta_net, linear, moe, norm, rope, router)
 """The files whose kernels are in the table once they are imported."""
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """``MemoryError``, as everywhere, in the place of torch's own error for a GPU that is full."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(str(error).splitlines()[0]) from error
 
 
 class CudaBackend(TorchBackend):
@@ -54,6 +64,11 @@ class CudaBackend(TorchBackend):
         ]
         return [*table.kernels, *others, *portable_kernels(self.name, appending=self._appending)]
 
+    @within_memory()
+    def zeros(self, shape: Sequence[int], dtype: DType) -> torch.Tensor:
+        """A new tensor of zeros on the device; ``MemoryError`` where it is full."""
+        return super().zeros(shape, dtype)
+
     def compute_dtype(self, wanted: str) -> DType:
         """float32, bfloat16 or float16. ``CompileError`` for anything else."""
         found = super().compute_dtype(wanted)
@@ -62,6 +77,7 @@ class CudaBackend(TorchBackend):
             raise CompileError(f"backend cuda cannot compute in '{wanted}'; it can in {known}; the backend torch can")
         return found
 
+    @within_memory()
     def decode_step(
         self,
         program: Program,
@@ -89,6 +105,7 @@ class CudaBackend(TorchBackend):
         made.record()
         return made
 
+    @within_memory()
     def random_weights(self, program: Program, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, tuple[Any, ...]]:
         """Weights of ``program`` made of checkpoint tensors that are drawn on the device in its dtype; see ``RandomTensors``."""
         dtype = next(value.type.plain_dtype for name, value in program.graph.outputs if name == program.outputs[0])
@@ -97,6 +114,7 @@ class CudaBackend(TorchBackend):
         self._wait()
         return made
 
+    @within_memory()
     def transformers_peer(
         self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: str
     ) -> TransformersPeer:
@@ -116,7 +134,3 @@ class CudaBackend(TorchBackend):
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-    def finish(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """In inference mode."""
-        return torch.inference_mode()(function)

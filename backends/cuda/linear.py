@@ -24,8 +24,8 @@ FEW = 64
 SMALL = 1 << 21
 """Elements of a weight up to which some rows are no work for cuBLAS, which takes two launches for it."""
 
-FEW_BYTES = 1024
-"""Bytes of a row that a program of ``_few_rows`` reads at once."""
+FEW_BYTES, STAGES = 1024, 3
+"""Bytes of a row that a program of ``_few_rows`` reads at once, and how many such tiles are under way."""
 
 LONGEST = 2048
 """Columns of a row that a program reads at once."""
@@ -100,9 +100,11 @@ def _few_rows(
     tl.store(y + at[:, None] * rows + row[None, :], total.to(y.dtype.element_ty), real[:, None] & inside[None, :])
 
 
-def plain_block(width: int, itemsize: int) -> int:
-    """Columns of a tile; the matrix units take no fewer than 16."""
-    return max(16, min(FEW_BYTES // itemsize, power(width)))
+def plain_block(count: int, width: int, itemsize: int) -> int:
+    """Columns of a tile for ``count`` rows: no fewer than 16, as the matrix units want them, and half as many for many rows, so
+    that all stages fit into shared memory."""
+    bytes_ = FEW_BYTES if count <= 16 else FEW_BYTES // 2
+    return max(16, min(bytes_ // itemsize, power(width)))
 
 
 @table.kernel("linear", when=(absent("bias"), floats("x"), plain_or_fp8("weight")), quantised=True)
@@ -124,7 +126,7 @@ def linear(op: Op, x: torch.Tensor, weight: torch.Tensor | QuantizedArray) -> to
         _one_row[grid](flat, *parts(weight), y, rows, width, ROWS=step, WIDTH=block, FP8=fp8, num_warps=4 if fp8 else 2)
     else:
         step = 16 if rows <= 4096 else 32
-        block = BLOCK if fp8 else plain_block(width, x.element_size())
+        block = BLOCK if fp8 else plain_block(count, width, x.element_size())
         _few_rows[(triton.cdiv(rows, step),)](
             flat,
             *parts(weight),
@@ -138,7 +140,7 @@ def linear(op: Op, x: torch.Tensor, weight: torch.Tensor | QuantizedArray) -> to
             FP8=fp8,
             WIDEN=interpreted(),
             num_warps=4,
-            num_stages=4 if fp8 else 3,
+            num_stages=4 if fp8 else STAGES,
         )
     return y.view(*x.shape[:-1], rows)
 

@@ -123,9 +123,11 @@ class Body:
     def newer(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """An op for which ``has`` was asked: the standard one, else ONNX Runtime's own of the same name and meaning. All outputs
         have the dtype of the first input; an empty name leaves an optional input out."""
-        domain = "" if self.opset >= SINCE[op_type] else CONTRIB
+        domain, dtype = "" if self.opset >= SINCE[op_type] else CONTRIB, self.dtypes[inputs[0]]
         made = self.node(op_type, inputs, outputs, domain, **attributes)
-        self.dtypes.update(dict.fromkeys(made, self.dtypes[inputs[0]]))
+        if domain:
+            # Checkers know the dtype of a cast, and nothing of other domains; runtimes drop a cast that does nothing.
+            made = tuple(self.node("Cast", [name], to=ELEMENTS[dtype])[0] for name in made if self.dtypes.setdefault(name, dtype))
         return made[0] if outputs == 1 else made
 
     def name(self, stem: str) -> str:

@@ -150,7 +150,16 @@ def test_products_of_few_rows_and_any_width(width):
     draw = SeededDraw(width)
     case = Case(ops.get("linear")(), (draw.uniform(-1.0, 1.0, 1, 5, width), draw.uniform(-1.0, 1.0, 20, width)))
     check(named("linear"), case, f32)
-    assert all(linear.plain_block(width, itemsize) >= 16 for itemsize in (2, 4))
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("count", [2, 16, 17, linear.FEW])
+@pytest.mark.parametrize("width", [1, 17, 2048, 4096])
+def test_tiles_of_few_rows_fit_the_device(width, count, itemsize):
+    """227 KB of shared memory on the smallest of the devices with compute capability 9.0; the matrix units take 16 columns."""
+    block = linear.plain_block(count, width, itemsize)
+    rows = 1 << (max(16, count) - 1).bit_length()
+    assert block >= 16 and (rows + 32) * block * itemsize * linear.STAGES <= 227 << 10
 
 
 def test_other_forms_are_refused():

@@ -14,6 +14,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
 
 import deltaloom  # noqa: E402
 from deltaloom.backends.cuda import choice, step  # noqa: E402
+from deltaloom.backends.cuda.backend import within_memory  # noqa: E402
 from deltaloom.graph.errors import CompileError  # noqa: E402
 from deltaloom.passes.config import CompileConfig  # noqa: E402
 from deltaloom.passes.serving_layout import ServingVariant  # noqa: E402
@@ -111,3 +112,8 @@ def test_another_program_is_refused():
     program, weights = model.main.bound(ServingVariant("mixed", ("last_logits",)))
     with pytest.raises(CompileError, match="made of the serving program decode with the output last_logits"):
         step.DecodeStep(program, weights, {}, {}, batch=1, max_blocks=1, device=torch.device(DEVICE))
+
+
+def test_a_full_gpu_is_a_memory_error():
+    with pytest.raises(MemoryError, match="out of memory"), within_memory():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nmore")
