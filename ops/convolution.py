@@ -81,9 +81,11 @@ class CausalConv1d(Op):
         return b.branch(few, *sides, b.kind(x, 3), b.kind(state, 3))
 
     def _with_one_op(self, b: Any, x: str, weight: str, state: str) -> Any:
+        """Without its activation: with silu, ONNX Runtime's sigmoid would be in it (see ``Body.sigmoid``)."""
         columns = b.Transpose(x, perm=[0, 2, 1])
-        y, new_state = b.newer("CausalConvWithState", columns, weight, "", state, activation=self.activation, outputs=2)
-        return b.Transpose(y, perm=[0, 2, 1]), new_state
+        y, new_state = b.newer("CausalConvWithState", columns, weight, "", state, outputs=2)
+        y = b.Transpose(y, perm=[0, 2, 1])
+        return b.silu(y) if self.activation == "silu" else y, new_state
 
     def _by_taps(self, b: Any, x: str, weight: str, state: str) -> Any:
         """A product for each tap: ONNX Runtime's Conv over groups of one channel takes four times as long for one token."""

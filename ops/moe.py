@@ -60,11 +60,11 @@ class RouterTopK(Op):
 
     def onnx(self, b: Any, logits: str) -> Any:
         f = b.wide(logits)
-        _, ids = b.TopK(f, b.reshape(b.attribute("k"), 1), axis=-1, largest=1, sorted=1, outputs=2)
-        weights = b.GatherElements(b.Softmax(f, axis=-1), ids, axis=-1)
-        if self.normalize:
-            weights = b.Div(weights, b.ReduceSum(weights, b.ints(-1), keepdims=1))
-        return b.narrow(weights, logits), b.cast(ids, i32)
+        top, ids = b.TopK(f, b.reshape(b.attribute("k"), 1), axis=-1, largest=1, sorted=1, outputs=2)
+        highest = b.slice(top, -1, 0, 1)
+        weights = b.Exp(b.Sub(top, highest))
+        whole = weights if self.normalize else b.Exp(b.Sub(f, highest))
+        return b.narrow(b.Div(weights, b.ReduceSum(whole, b.ints(-1), keepdims=1)), logits), b.cast(ids, i32)
 
     def cost(self, logits: TensorType) -> Cost:
         return Cost(5 * logits.elements(), self.moved_bytes(logits))

@@ -212,6 +212,9 @@ class ArgmaxToken(Op):
         ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
         return torch.where(best, ids, logits.shape[1]).amin(-1).to(torch.int32)
 
+    def onnx(self, b: Any, logits: str) -> Any:
+        return b.cast(b.ArgMax(logits, axis=1, keepdims=0), i32)
+
     @classmethod
     def cases(cls, draw: Draw) -> Case:
         logits = draw.normal(draw.size(), draw.size(70))
