@@ -43,7 +43,7 @@ def made(arguments: argparse.Namespace, backend: str, dtype: str) -> Made:
     program = Driver(subject.graphs.main, subject.context, planned=(variant,)).program(variant)
     shapes = {name: stored.shape for name, stored in checkpoint_tensors(subject.graphs.main).items()}
     tensors = RandomTensors(shapes, seed=SEED, device=arguments.device, dtype=getattr(torch, arguments.dtype))
-    return subject, program, weights_of(program, tensors.read, {})
+    return subject, program, weights_of(program, tensors.read)
 
 
 def logits_by(found: Made, inputs: dict[str, torch.Tensor], pools: dict[str, tuple[torch.Tensor, ...]]) -> torch.Tensor:

@@ -25,7 +25,7 @@ from deltaloom.passes.config import CompileConfig
 from deltaloom.runtime.load import ModelReference, load
 from deltaloom.runtime.locate import Cause, fault_of
 from deltaloom.runtime.node_check import Difference, difference
-from deltaloom.runtime.sides import LAST, Place, ProgramSide, RanksSide, ReferenceSide, Side, Step
+from deltaloom.runtime.sides import Place, ProgramSide, RanksSide, ReferenceSide, Side, Step
 from deltaloom.runtime.subject import read_subject
 from deltaloom.runtime.weight_check import weight_faults
 
@@ -79,7 +79,6 @@ class Comparison:
     steps: int
     values: int = 0
     states: int = 0
-    weights: int = 0
     unmatched: dict[str, int] = field(default_factory=dict)
     largest: list[tuple[str, Difference]] = field(default_factory=list)
     finding: Finding | None = None
@@ -94,12 +93,10 @@ def compare(
     steps: int = STEPS,
     titles: tuple[str, str] | None = None,
     hf_overrides: Mapping[str, object] | None = None,
-    noise: bool = True,
 ) -> Comparison:
     """Run ``model`` in two ways on the prompt ``ids`` and ``steps`` tokens that ``b`` finds likeliest, until a value, a state or a
     weight parts. A way is a configuration (with a mesh: all ranks in lock step, in float64, without fusions) or "reference".
-    ``noise=False`` leaves out the two runs of the reference that measure rounding, so that the floor alone is allowed. Raises
-    ``ConfigError`` for two equal ways, ``RequestError`` for no or too few tokens, and what loading raises."""
+    Raises ``ConfigError`` for two equal ways, ``RequestError`` for no or too few tokens, and what loading raises."""
     require(a != b, f"both ways are {_title(a)}; there is nothing to compare", ConfigError)
     require(steps >= 0, f"steps is {steps}, expected at least 0", RequestError)
     folder = model_folder(model)
@@ -115,8 +112,7 @@ def compare(
         checkpoint = stack.enter_context(Checkpoint.open(folder))
         world = _World(model, hf_overrides, checkpoint)
         run = _Run(world, Comparison(*shown, list(ids), steps), world.side(shown[0], a, b), world.side(shown[1], b, a))
-        if noise:
-            run.measure_with(world, [way for way in (a, b) if isinstance(way, CompileConfig)])
+        run.measure_with(world, [way for way in (a, b) if isinstance(way, CompileConfig)])
         return run.go()
 
 
@@ -302,5 +298,3 @@ def _short(value: object) -> str:
         return ",".join(f"{key}={_short(one)}" for key, one in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-
-__all__ = ["LAST", "REFERENCE", "Comparison", "Finding", "Where", "compare"]

@@ -47,7 +47,8 @@ class DrawsWeights(Protocol):
 class DecodeTime:
     """A decode step of ``batch`` sequences at ``context`` tokens: ``seconds`` is the median of ``steps`` steps, ``fastest`` the
     least; ``floor`` what the roofline asks for, None without a profile of the device. ``record``: seconds that recording took.
-    ``states``: bytes of the pools; ``finite``: whether every step's logits were."""
+    ``states``: bytes of the pools; ``finite``: whether the logits of the first
+    and the last step were; a state that is not finite stays so."""
 
     batch: int
     context: int

@@ -30,8 +30,7 @@ def check_targets(files: Collection[Path], checkpoint: Collection[Path]) -> None
 
 def write_files(writers: Mapping[Path, Writer]) -> None:
     """Write files of one folder, which is made if need be; the last gets its name last, and none of them is there while weights
-    change. ``ExportError`` where that is not possible;
-    then no file has its final name, and nothing is left behind."""
+    change. ``ExportError`` where that is not possible; then no file has its final name, and nothing is left behind."""
     target = list(writers)[-1]
     folder = target.parent
     new = [one for one in (folder, *folder.parents) if not one.exists()]

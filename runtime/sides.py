@@ -19,6 +19,7 @@ from deltaloom.graph.op import Array
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import QuantType
 from deltaloom.models.inventory import SCALE_SUFFIX
+from deltaloom.passes.driver import Variant
 from deltaloom.passes.emit import returned_values
 from deltaloom.passes.kernel import Tensor
 from deltaloom.passes.shard.layout import read_layout
@@ -130,9 +131,7 @@ class ProgramSide:
         return updater(self.graph, state)
 
 
-def _variant(count: int) -> Any:
-    from deltaloom.passes.driver import Variant
-
+def _variant(count: int) -> Variant:
     return Variant(count == 1, False, (LAST,))
 
 

@@ -110,7 +110,7 @@ class CudaBackend(TorchBackend):
         """Weights of ``program`` made of checkpoint tensors that are drawn on the device in its dtype; see ``RandomTensors``."""
         dtype = next(value.type.plain_dtype for name, value in program.graph.outputs if name == program.outputs[0])
         tensors = RandomTensors(shapes, seed=seed, device=str(self._device), dtype=torch_dtype(dtype))
-        made = weights_of(program, tensors.read, {})
+        made = weights_of(program, tensors.read)
         self._wait()
         return made
 

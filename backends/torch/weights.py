@@ -16,8 +16,9 @@ Read = Callable[[str], torch.Tensor]
 """A checkpoint tensor by its full name."""
 
 
-def weights_of(program: Program, read: Read, made: dict[tuple[str, str, tuple[int, ...]], Any]) -> dict[str, tuple[Any, ...]]:
-    """The weights of a program by call prefix, in the order of its signatures; what is in ``made`` already is not made again."""
+def weights_of(program: Program, read: Read) -> dict[str, tuple[Any, ...]]:
+    """The weights of a program by call prefix, in the order of its signatures; each is made once."""
+    made: dict[tuple[str, str, tuple[int, ...]], Any] = {}
 
     def weight(prefix: str, graph: Graph, slot: WeightSlot) -> Any:
         assert graph.weights is not None

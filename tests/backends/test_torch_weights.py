@@ -30,7 +30,7 @@ def test_both_ways_give_the_same_weights(dtype, quantise):
     with Checkpoint.open(model_folder("tiny-next")) as checkpoint:
         store = WeightStore(checkpoint, {"torch": subject.context.backends[0]})
         program, wanted = Executor(driver, store, planned=OUTPUTS).bound(VARIANT)
-        found = weights_of(program, lambda name: to_tensor(np.array(checkpoint.read(name))), {})
+        found = weights_of(program, lambda name: to_tensor(np.array(checkpoint.read(name))))
         assert found.keys() == wanted.keys()
         for prefix, group in wanted.items():
             assert len(found[prefix]) == len(group)
