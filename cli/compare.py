@@ -117,7 +117,9 @@ def _text(found: "Comparison") -> str:
     lines.append(f"the first {first.kind} that parts is {first.name}{when}: {first.difference}")
     for side, where in first.nodes.items():
         origins = f", from {listed(where.origins)}" if where.origins else ""
-        lines.append(f"  {side}: {where.op} on {where.kernel or 'its definition'} in '{where.body}', {where.source}{origins}")
+        rules = f", made by {listed(where.rules)}" if where.rules else ""
+        kernel = where.kernel or "its definition"
+        lines.append(f"  {side}: {where.op} on {kernel} in '{where.body}', {where.source}{origins}{rules}")
     lines.append(f"cause ({first.cause.side}): {first.cause.sentence}")
     if first.cause.interior:
         lines.append(f"  {first.cause.interior}")

@@ -47,12 +47,16 @@ class Where:
     body: str
     source: str
     origins: tuple[str, ...]
+    rules: tuple[str, ...] = ()
+    """The rewrites that made it: ``fuse: add_rms_norm``, pass and rule."""
 
     @classmethod
-    def of(cls, place: Place) -> Where:
+    def of(cls, place: Place, side: Side) -> Where:
         """The facts of a place."""
         node = place.node
-        return cls(str(node.op), node.placement.kernel if node.placement else "", place.body.name, node.source, node.origins)
+        kernel = node.placement.kernel if node.placement else ""
+        rules = side.rewrites(place) if isinstance(side, ProgramSide) else ()
+        return cls(str(node.op), kernel, place.body.name, node.source, node.origins, rules)
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class _Run:
         for side, step in ((self._a, a), (self._b, b)):
             place = side.updater(name) if kind == "state" else step.places.get(name)
             if place is not None:
-                nodes[side.title] = Where.of(place)
+                nodes[side.title] = Where.of(place, side)
         return Finding(kind, name, number, how, nodes, self._cause(kind, name, how, a, b, at))
 
     def _cause(self, kind: str, name: str, how: Difference, a: Step, b: Step, at: Side | None) -> Cause:

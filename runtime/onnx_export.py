@@ -31,6 +31,7 @@ from deltaloom.runtime.onnx_files import Writer, check_targets, write_files
 from deltaloom.runtime.onnx_source import Exportable, Source, read_source
 
 if TYPE_CHECKING:
+    from deltaloom.runtime.onnx_cases import Subject
     from deltaloom.runtime.onnx_verify import VerifyReport
 
 MTP_FILE = "mtp.onnx"
@@ -141,17 +142,30 @@ def export_onnx(
     request.check()
     source = read_source(model, dtype, hf_overrides)
     try:
-        result = _export(_quantised(source, quantise), target, request)
+        source = _quantised(source, quantise)
+        result = _export(source, target, request)
+        subject = _subject(result, source, request) if verify else None
     finally:
         source.close()
     if not verify:
         return result
-    return replace(result, report=_verified(result, source, request, dtype, quantise, hf_overrides))
+    return replace(result, report=_verified(result, source, subject, request, dtype, quantise, hf_overrides))
+
+
+def _subject(result: ExportResult, source: Source, request: _Request) -> Subject | None:
+    """What is verified by the definitions of its ops: all but a whole checkpoint."""
+    from deltaloom.runtime.onnx_cases import subject_of
+
+    if request.whole and source.folder is not None and result.weights != "none" and source.weights:
+        return None
+    whole = flatten(prepared(source.graphs.main, _outputs(source.graphs.main, request), source.policy))
+    return subject_of(_chosen(whole, request), whole, source, rounded=request.storage is not None)
 
 
 def _verified(
     result: ExportResult,
     source: Source,
+    subject: Subject | None,
     request: _Request,
     dtype: str,
     quantise: str | Mapping[str, str] | None,
@@ -161,8 +175,9 @@ def _verified(
     from deltaloom.runtime.load import load
     from deltaloom.runtime.onnx_verify import verify_export
 
-    if not request.whole or source.folder is None or result.weights == "none" or not source.weights:
-        return verify_export(result, None, dtype, one_op=request.op is not None)
+    if subject is not None:
+        return verify_export(result, None, dtype, subject=subject, one_op=request.op is not None)
+    assert source.folder is not None
     config = CompileConfig(dtype="float32", quantise=quantise or {}, keep_quantized=True)
     report = verify_export(result, load(source.folder, config=config, hf_overrides=hf_overrides), dtype)
     if result.mtp is not None:

@@ -1,20 +1,23 @@
 """Is an exported model right: the file by itself, and its logits beside the compiler's own in float32.
 
 A whole model runs in ONNX Runtime with all rewrites and with none, over prompts of many lengths, with and without a past, in
-batches, in chunks and padded on the left. A part runs on seeded numbers, where the two levels must agree; one op in onnx's
-reference evaluator too.
+batches, in chunks and padded on the left. So does a part, on the numbers that its graph gives it, beside what the definitions of
+its ops make of them; one op in onnx's reference evaluator too. The MTP head runs on seeded numbers, where the levels must agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaloom.backends.onnx.verify import evaluate, file_faults, open_session, some_inputs
+from deltaloom.backends.onnx.verify import evaluator, file_faults, open_session, some_inputs
 from deltaloom.graph.op import Array
+from deltaloom.runtime.onnx_cases import Subject
+from deltaloom.runtime.onnx_part import PartCheck, Run, limit_of
 
 if TYPE_CHECKING:
     from deltaloom.runtime.model import Model
@@ -70,9 +73,11 @@ class VerifyReport:
         ]
 
 
-def verify_export(result: ExportResult, model: Model | None, dtype: str = "float32", *, one_op: bool = False) -> VerifyReport:
-    """Check what was exported. ``model``: the same model, loaded; None for a part, whose numbers are compared with themselves.
-    ``one_op``: the part is one op."""
+def verify_export(
+    result: ExportResult, model: Model | None, dtype: str = "float32", *, subject: Subject | None = None, one_op: bool = False
+) -> VerifyReport:
+    """Check what was exported. ``model``: the same model, loaded; else ``subject``: the part of a graph that it is; with neither,
+    its numbers are compared with themselves. ``one_op``: it is one op."""
     report = VerifyReport(result.path.name)
     faults = file_faults(result.path)
     report.rows += [VerifyRow("file", 0.0, 0.0, fault) for fault in faults] or [VerifyRow("file: checker and shapes", 0.0, 0.0)]
@@ -82,8 +87,10 @@ def verify_export(result: ExportResult, model: Model | None, dtype: str = "float
         report.rows.append(VerifyRow("load", 0.0, 0.0, f"ONNX Runtime refuses it: {str(error).splitlines()[0]}"))
         return report
     try:
-        if model is None:
-            _check_part(report, result, sessions, one_op)
+        if subject is not None:
+            _check_subject(report, result, sessions, subject, one_op)
+        elif model is None:
+            _check_alone(report, sessions)
         else:
             for level, session in sessions.items():
                 rows = list(_checks(_Runner(session, level), model, LIMITS[dtype]))
@@ -93,17 +100,20 @@ def verify_export(result: ExportResult, model: Model | None, dtype: str = "float
     return report
 
 
-def _check_part(report: VerifyReport, result: ExportResult, sessions: dict[str, Any], one_op: bool) -> None:
+def _check_subject(report: VerifyReport, result: ExportResult, sessions: dict[str, Any], subject: Subject, one_op: bool) -> None:
+    ways: dict[str, Run] = {f"{level} rewrites": partial(session.run, None) for level, session in sessions.items()}
+    if one_op and result.profile != "ort":
+        ways["reference evaluator"] = evaluator(result.path)
+    given = [(one.name, one.type, one.shape) for one in sessions["all"].get_inputs()]
+    for way, run in ways.items():
+        for case, error in PartCheck(subject, given, run).errors():
+            report.rows.append(VerifyRow(f"{case}, {way}", error, limit_of(subject)))
+
+
+def _check_alone(report: VerifyReport, sessions: dict[str, Any]) -> None:
     feeds = some_inputs(sessions["all"])
     every, none = (session.run(None, feeds) for session in sessions.values())
     report.rows.append(VerifyRow("all rewrites against none", max(map(_error, every, none), default=0.0), LEVELS))
-    if one_op and result.profile != "ort":
-        try:
-            truth = evaluate(result.path, feeds)
-        except Exception as error:  # the evaluator raises many kinds
-            report.rows.append(VerifyRow("reference evaluator", 0.0, LEVELS, f"it cannot run this: {str(error).splitlines()[0]}"))
-            return
-        report.rows.append(VerifyRow("reference evaluator", max(map(_error, none, truth), default=0.0), LEVELS))
 
 
 class _Runner:

@@ -21,9 +21,9 @@ import numpy as np
 import deltaloom.passes.fuse
 from deltaloom.backends import backend as make_backend
 from deltaloom.graph.dims import Expr
-from deltaloom.graph.errors import ConfigError, DeltaloomError, require
+from deltaloom.graph.errors import CompileError, ConfigError, DeltaloomError, require
 from deltaloom.graph.interpret import interpret
-from deltaloom.graph.ir import Graph
+from deltaloom.graph.ir import Graph, Value
 from deltaloom.graph.op import Array
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.serialize import from_json, to_json
@@ -56,8 +56,13 @@ class Repro:
     rule: str = ""
 
     def try_again(self) -> Difference | None:
-        """How far the result is off now; None if it is right. Raises what looking up the kernel or the rule raises."""
-        return self._kernel_fault() if self.kind == "kernel" else self._rewrite_fault()
+        """How far the result is off now; None if it is right. ``CompileError`` if it cannot be run on its numbers; raises what
+        looking up the kernel or the rule raises."""
+        try:
+            return self._kernel_fault() if self.kind == "kernel" else self._rewrite_fault()
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            tried = f"the kernel {self.kernel}" if self.kind == "kernel" else f"rule {self.rule}"
+            raise CompileError(f"{tried} cannot be run on these numbers: {type(error).__name__}: {error}") from error
 
     def _kernel_fault(self) -> Difference | None:
         (node,) = self.graph.nodes
@@ -143,8 +148,7 @@ def _values(path: Path, graph: Graph) -> dict[str, HostValue]:
         for value in (*graph.inputs, *graph.params):
             array = np.array(file.tensor(value.name))
             if isinstance(value.type.dtype, QuantType):
-                scale = np.array(file.tensor(value.name + SCALE_SUFFIX))
-                found[value.name] = QuantizedArray(array, scale, value.type.dtype, value.type.static_shape())
+                found[value.name] = _quantized(path, value, array, np.array(file.tensor(value.name + SCALE_SUFFIX)))
                 continue
             fits = array.ndim == value.type.rank and array.dtype == value.type.dtype.numpy
             fits = fits and all(isinstance(dim, Expr) or dim == n for dim, n in zip(value.type.shape, array.shape))
@@ -153,6 +157,17 @@ def _values(path: Path, graph: Graph) -> dict[str, HostValue]:
         return found
     finally:
         file.close()
+
+
+def _quantized(path: Path, value: Value, data: Array, scale: Array) -> QuantizedArray:
+    """Codes and scales of a quantised value, of the shapes and dtypes that its type gives."""
+    form, shape = value.type.dtype, value.type.static_shape()
+    assert isinstance(form, QuantType)
+    fits = data.shape == form.data_shape(shape) and data.dtype == form.stored.numpy
+    fits = fits and scale.shape == form.scale_shape(shape) and scale.dtype == form.scale.numpy
+    found = f"codes {data.dtype} {list(data.shape)}, scales {scale.dtype} {list(scale.shape)}"
+    require(fits, f"{path}: {value.name} has {found}, which do not fit {value.type}", ConfigError)
+    return QuantizedArray(data, scale, form, shape)
 
 
 def versions() -> dict[str, str]:

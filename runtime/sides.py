@@ -130,6 +130,17 @@ class ProgramSide:
         """The node that makes the new value of a state."""
         return updater(self.graph, state)
 
+    def rewrites(self, place: Place) -> tuple[str, ...]:
+        """Pass and rule of the rewrites that made a node, in their order."""
+        names = {*(value.name for value in place.node.outputs), *place.node.origins}
+        found = [
+            f"{row.name}: {event.rule}"
+            for row in self.model.main.driver.ledgers["shared"]
+            for event in row.events
+            if event.kind == "hit" and event.graph == place.body.name and event.node in names
+        ]
+        return tuple(dict.fromkeys(found))
+
 
 def _variant(count: int) -> Variant:
     return Variant(count == 1, False, (LAST,))

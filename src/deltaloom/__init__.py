@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from deltaloom.graph.plugin import Plugin
     from deltaloom.passes.config import CompileConfig
     from deltaloom.runtime.auto import AutoModelForCausalLM, AutoTokenizer
+    from deltaloom.runtime.bisect import bisect
+    from deltaloom.runtime.compare import compare
     from deltaloom.runtime.compile import CompiledModel, compile
     from deltaloom.runtime.llm import LLM
     from deltaloom.runtime.load import build_graph, load
@@ -28,7 +30,9 @@ __all__ = [
     "DeltaloomError",
     "Plugin",
     "SamplingParams",
+    "bisect",
     "build_graph",
+    "compare",
     "compile",
     "export_onnx",
     "load",
@@ -43,7 +47,9 @@ _MODULES = {
     "DeltaloomError": "deltaloom.graph.errors",
     "Plugin": "deltaloom.graph.plugin",
     "SamplingParams": "deltaloom.runtime.params",
+    "bisect": "deltaloom.runtime.bisect",
     "build_graph": "deltaloom.runtime.load",
+    "compare": "deltaloom.runtime.compare",
     "compile": "deltaloom.runtime.compile",
     "export_onnx": "deltaloom.runtime.onnx_export",
     "load": "deltaloom.runtime.load",

@@ -61,6 +61,7 @@ def test_compare_as_json(broken: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     finding = told["finding"]
     assert (finding["name"], finding["cause"]["kind"], finding["cause"]["side"]) == ("layers.3.self_attn.gated", "kernel", "numpy")
     assert finding["nodes"]["numpy"]["kernel"] == "numpy.gated_attention_blocks"
+    assert finding["nodes"]["numpy"]["rules"] == ["fuse: gated_attention"] and not finding["nodes"]["unfused"]["rules"]
     assert finding["difference"]["error"] > finding["difference"]["allowed"]
 
 

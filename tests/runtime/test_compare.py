@@ -59,7 +59,7 @@ def test_what_is_right_parts_nowhere(a: CompileConfig) -> None:
 
 def test_torch_and_numpy_part_nowhere() -> None:
     pytest.importorskip("torch")
-    seen = compare("tiny-next", NUMPY, CompileConfig(backends=("torch",)), ids=IDS)
+    seen = deltaloom.compare("tiny-next", NUMPY, CompileConfig(backends=("torch",)), ids=IDS)
     assert seen.finding is None and not any(seen.unmatched.values()) and seen.values > 400
 
 

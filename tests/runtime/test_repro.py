@@ -13,8 +13,10 @@ import deltaloom.backends.numpy.backend  # noqa: F401  (its kernels are put into
 from deltaloom.backends.numpy.table import table
 from deltaloom.cli.app import run
 from deltaloom.graph.errors import CompileError, ConfigError
+from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.models.bundled import model_folder
 from deltaloom.models.checkpoint import Checkpoint
+from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.fuse.norm import FuseAddRMSNorm
 from deltaloom.runtime.bisect import bisect
@@ -143,3 +145,34 @@ def test_numbers_of_another_shape_are_refused(folder: Path, capsys: pytest.Captu
     write_safetensors(folder / "inputs.safetensors", arrays)
     assert run(["repro", str(folder)]) == 2
     assert "expected" in capsys.readouterr().err
+
+
+def test_codes_of_another_shape_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaloom.models.safetensors_file import write_safetensors
+
+    monkeypatch.setattr(table, "kernels", broken(list(table.kernels), "linear"))
+    finding = compare("tiny-next", replace(NUMPY, quantise="int8"), REFERENCE, ids=IDS, steps=0).finding
+    assert finding is not None
+    write_repro(repro_of_cause(finding.cause, device="cpu", threads=1), tmp_path / "fault")
+    again = read_repro(tmp_path / "fault")
+    assert again.kernel == "numpy.quantised_linear" and again.try_again() is not None
+    arrays: dict[str, Any] = {}
+    for name, value in again.values.items():
+        if isinstance(value, QuantizedArray):
+            arrays |= {name: value.data[:1], name + SCALE_SUFFIX: value.scale}
+        else:
+            arrays[name] = value
+    write_safetensors(tmp_path / "fault" / "inputs.safetensors", arrays)
+    with pytest.raises(ConfigError, match=r"has codes int8 \[1, 192\], .* which do not fit int8"):
+        read_repro(tmp_path / "fault")
+
+
+def test_numbers_that_the_kernel_cannot_take_are_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "kernels", broken(list(table.kernels), "embedding"))
+    made = wrong_kernel("embedding")
+    far = {name: np.full_like(value, 10**6) if name == "token_ids" else value for name, value in made.values.items()}
+    write_repro(replace(made, values=far), tmp_path / "fault")
+    assert run(["repro", str(tmp_path / "fault")]) == 2
+    assert "the kernel numpy.embedding cannot be run on these numbers: IndexError" in capsys.readouterr().err
