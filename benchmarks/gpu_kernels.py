@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear as torch_linear
 
 from deltaloom.backends.cuda import delta_net, linear, moe
+from deltaloom.backends.cuda.timing import graph_seconds
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import QuantType, f8_e4m3, f32
 from deltaloom.ops.fused_moe import SharedMoE
@@ -22,28 +23,12 @@ BANDWIDTH = 4.58e12
 FORM = QuantType(f8_e4m3, (128, 128), f32)
 
 
-def micros(calls: Sequence[Callable[[], object]], rounds: int = 7) -> float:
-    """Microseconds a call, of a graph of all of them in turn."""
+def micros(calls: Sequence[Callable[[], object]]) -> float:
+    """Microseconds a call, of a graph of all of them in turn; on a CPU each only runs."""
     if DEVICE == "cpu":
         calls[0]()
         return 0.0
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(rounds):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        graph.replay()
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1000 / len(calls))
-    return float(statistics.median(times))
+    return graph_seconds(calls) * 1e6
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:

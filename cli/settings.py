@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaloom.graph.errors import ConfigError, DeltaloomError, require
-from deltaloom.passes.config import CACHE_OFF, CompileConfig, backend_order, compile_config
+from deltaloom.passes.config import CACHE_OFF, CompileConfig, backend_order, compile_config, default_device
 from deltaloom.passes.table import near
 from deltaloom.runtime.params import DEFAULT_MAX_BATCH, SAMPLING_FIELDS, GenerationDefaults, SamplingParams
 
@@ -71,6 +71,9 @@ class Settings:
             if place is not None and not absent:
                 table, key = place
                 self.tables[table][key] = Setting(_flag_value(name, value), f"flag --{name.replace('_', '-')}")
+        device, chosen = self.tables["compile"]["device"], default_device(self.value("compile", "backends"))
+        if device.origin == "built-in" and device.value != chosen:
+            self.tables["compile"]["device"] = Setting(chosen, "backend cuda")
 
     def value(self, table: str, key: str) -> Any:
         """One value."""

@@ -16,12 +16,18 @@ MOST_THREADS = 4096
 CACHE_DEFAULT, CACHE_OFF = "default", "off"
 
 
+def default_device(backends: Sequence[str]) -> str:
+    """The device where none is given: the backend cuda runs on nothing but a GPU, all others on the CPU too."""
+    return "cuda" if tuple(backends[:1]) == ("cuda",) else "cpu"
+
+
 @dataclass(frozen=True)
 class CompileConfig:
     """How a model is compiled.
 
     ``backends``: the first that accepts an op runs it; ``kernels`` overrides that order for single ops. ``dtype``: 'auto' is
-    float32 on a CPU and the checkpoint's dtype on an accelerator. ``threads``: of the CPU, None is all. ``prefill_chunk``: tokens a
+    float32 on a CPU and the checkpoint's dtype on an accelerator. ``device``: 'cpu' or 'cuda'; what is not given becomes
+    'cuda' where the first backend is cuda. ``threads``: of the CPU, None is all. ``prefill_chunk``: tokens a
     prefill step at most.
 
     ``pipeline`` and ``program``: the passes that run once on the shared graph, then for each program (``deltaloom.passes.table``),
@@ -41,7 +47,7 @@ class CompileConfig:
 
     backends: tuple[str, ...] = ("numpy",)
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str = ""
     threads: int | None = None
     prefill_chunk: int = 512
     kernels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -58,6 +64,8 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.backends), "backends is empty; name at least one, for example numpy", ConfigError)
+        if not self.device:
+            object.__setattr__(self, "device", default_device(self.backends))
         require(all(self.backends), f"backends is {list(self.backends)}; a name in it is empty", ConfigError)
         repeated = sorted({b for b in self.backends if self.backends.count(b) > 1})
         require(not repeated, f"backends names {', '.join(repeated)} twice", ConfigError)

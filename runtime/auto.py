@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deltaloom.graph.errors import ConfigError, RequestError, require
-from deltaloom.passes.config import CompileConfig
+from deltaloom.passes.config import CompileConfig, backend_order
 from deltaloom.runtime.encoding import TextTokenizer
 from deltaloom.runtime.llm import LLM
 from deltaloom.runtime.params import SamplingParams
@@ -56,7 +56,7 @@ class AutoModelForCausalLM:
         )
         device = ("cuda" if cuda_available() else "cpu") if device_map == "auto" else device_map or "cpu"
         order = backend if backend is not None else "torch" if device == "cuda" else "numpy"
-        config = CompileConfig(device=device)
+        config = CompileConfig(backends=backend_order(order), device=device)
         llm = LLM(model, backend=order, dtype=dtype_name(dtype), config=config, max_model_len=max_model_len)
         return cls(llm, device)
 

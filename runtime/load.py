@@ -18,7 +18,7 @@ from deltaloom.models.coverage import CoverageReport, coverage
 from deltaloom.models.inventory import checkpoint_tensors
 from deltaloom.models.plans import shard_pass
 from deltaloom.passes.cache import CompileCache, cache_of
-from deltaloom.passes.config import CompileConfig, backend_order
+from deltaloom.passes.config import CompileConfig, backend_order, default_device
 from deltaloom.passes.driver import Driver, plain_variants
 from deltaloom.passes.pipeline import Context
 from deltaloom.passes.quantise_policy import check_matches, parameter_names
@@ -99,7 +99,9 @@ def build_graph(
 def with_overrides(config: CompileConfig, backend: str | Sequence[str] | None, dtype: str | None) -> CompileConfig:
     """``config`` with a backend (or an order of them) and a dtype in place of its own, where given."""
     if backend is not None:
-        config = replace(config, backends=backend_order(backend))
+        order = backend_order(backend)
+        given = config.device != default_device(config.backends)
+        config = replace(config, backends=order, device=config.device if given else default_device(order))
     return config if dtype is None else replace(config, dtype=dtype)
 
 

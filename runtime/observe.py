@@ -30,6 +30,9 @@ OnArguments = Callable[[str, Node, Sequence[Any]], None]
 """Full name of a node that is about to run, the node, and what its kernel will get: weights in the layout that it wants, append
 states as ``Appended``. The kernel may write over states."""
 
+Changed = Callable[[Node, Sequence[Any], tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""A node, what its kernel got and what it returned; gives what later nodes get."""
+
 
 def observe(
     executor: Executor,
@@ -44,9 +47,34 @@ def observe(
     after every node in order."""
 
     def run(program: Program, *arguments: Any) -> tuple[Tensor, ...]:
-        return _Interpreter(program, executor.ctx, on_node, on_arguments).run(*arguments)
+        return observe_program(program, executor.ctx, arguments, on_node, on_arguments)
 
     return executor.run(inputs, state, new_valid, outputs, through=run)
+
+
+def observe_program(
+    program: Program,
+    ctx: Context,
+    arguments: Sequence[Any],
+    on_node: OnNode,
+    on_arguments: OnArguments | None = None,
+    *,
+    changed: Changed | None = None,
+) -> tuple[Tensor, ...]:
+    """``Program.run`` on ``arguments``, node by node. What ``changed`` gives takes the place of what a kernel returned."""
+    return _Interpreter(program, ctx, on_node, on_arguments, changed).run(*arguments)
+
+
+def node_runner(ctx: Context, node: Node) -> Callable[..., Any]:
+    """What runs a node by itself: its kernel with the op, or the two steps of a transfer."""
+    if node.op.name == TRANSFER:
+        source, target = (ctx.backend(str(node.op.attributes()[key])) for key in ("source", "target"))
+        return lambda tensor: target.from_host(source.to_host(tensor))
+    if node.placement is None:
+        raise CompileError(f"%{node.name} = {node.op} has no kernel; only placed programs can be run")
+    backend = ctx.backend(node.placement.backend)
+    kernel = find_kernel(backend, node.op.name, node.placement.kernel)
+    return partial(backend.alone(kernel) if isinstance(backend, RunsAlone) else kernel, node.op)
 
 
 def full_name(prefix: str, node: Node) -> str:
@@ -57,12 +85,15 @@ def full_name(prefix: str, node: Node) -> str:
 class _Interpreter:
     """One run of a program."""
 
-    def __init__(self, program: Program, ctx: Context, on_node: OnNode, on_arguments: OnArguments | None) -> None:
+    def __init__(
+        self, program: Program, ctx: Context, on_node: OnNode, on_arguments: OnArguments | None, changed: Changed | None
+    ) -> None:
         self._program = program
         self._ctx = ctx
         self._on_node = on_node
         self._on_arguments = on_arguments
-        self._kernels: dict[tuple[str, str, str], Callable[..., Any]] = {}
+        self._changed = changed
+        self._kernels: dict[int, Callable[..., Any]] = {}
 
     def run(self, *arguments: Any) -> tuple[Tensor, ...]:
         """As ``Program.run`` is called."""
@@ -99,6 +130,7 @@ class _Interpreter:
             begun = perf_counter()
             made = self._finished(node, kernel(*arguments, **extra))
             seconds = perf_counter() - begun
+            made = made if self._changed is None else self._changed(node, arguments, made)
             values |= zip(returned_values(node), made, strict=True)
             self._on_node(full_name(prefix, node), node, made, seconds)
         updates = dict(graph.updates)
@@ -114,18 +146,9 @@ class _Interpreter:
                 yield values[value]
 
     def _kernel(self, node: Node) -> Callable[..., Any]:
-        """What runs a node: its kernel with the op, or the two steps of a transfer."""
-        if node.op.name == TRANSFER:
-            source, target = (self._ctx.backend(str(node.op.attributes()[key])) for key in ("source", "target"))
-            return lambda tensor: target.from_host(source.to_host(tensor))
-        if node.placement is None:
-            raise CompileError(f"%{node.name} = {node.op} has no kernel; only placed programs can be run")
-        backend = self._ctx.backend(node.placement.backend)
-        key = (backend.name, node.op.name, node.placement.kernel)
-        if key not in self._kernels:
-            kernel = find_kernel(backend, node.op.name, node.placement.kernel)
-            self._kernels[key] = backend.alone(kernel) if isinstance(backend, RunsAlone) else kernel
-        return partial(self._kernels[key], node.op)
+        if id(node) not in self._kernels:
+            self._kernels[id(node)] = node_runner(self._ctx, node)
+        return self._kernels[id(node)]
 
     def _finished(self, node: Node, found: Any) -> tuple[Tensor, ...]:
         """The tensors that a kernel returned, computed also on a device that works on its own."""

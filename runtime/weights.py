@@ -6,10 +6,10 @@ copying. So the peak beyond the final weights is one tensor that an op computes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from mmap import mmap
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,19 @@ class TensorSource(Protocol):
         """The tensor ``name``."""
 
 
+@runtime_checkable
+class EvaluatesWeights(Protocol):
+    """A backend whose device makes weights of checkpoint tensors itself, where it is not the CPU."""
+
+    def evaluated(self, weights: Graph, value: Value, prefix: str, read: Callable[[str], Array], axes: tuple[int, ...]) -> Tensor:
+        """``value`` of a weight graph under ``prefix``, its axes stored in the order ``axes``."""
+
+
+def streams(backend: Backend) -> bool:
+    """Whether weights are made on the backend's device."""
+    return backend.device != "cpu" and isinstance(backend, EvaluatesWeights)
+
+
 class WeightStore:
     """Evaluates weights on demand, each (weight, backend, layout) once; shared by all programs of a model."""
 
@@ -51,8 +64,13 @@ class WeightStore:
         stored = value.kind == "param"
         key = ("" if stored else owner, prefix + value.name, slot.backend, slot.axes, str(value.type.dtype))
         if key not in self._made:
-            array = materialise(graph.weights, value, prefix, self._source, slot.axes)
             backend = self._backends[slot.backend]
+            if streams(backend):
+                made = cast(EvaluatesWeights, backend).evaluated(graph.weights, value, prefix, self._source.read, slot.axes)
+                self._made[key] = made
+                self.held += made.nbytes
+                return made
+            array = materialise(graph.weights, value, prefix, self._source, slot.axes)
             self._made[key] = backend.from_host(array)
             for part in (array.data, array.scale) if isinstance(array, QuantizedArray) else (array,):
                 if backend.device == "cpu" and in_file(part):

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "deltaloom"
 PARTS = ["backends", "cli", "graph", "models", "ops", "passes", "runtime", "testing"]
 PUBLIC = [
     "LLM", "AutoModelForCausalLM", "AutoTokenizer", "CompileConfig", "CompiledModel", "DeltaloomError", "Plugin", "SamplingParams",
-    "build_graph", "compile", "export_onnx", "load",
+    "bisect", "build_graph", "compare", "compile", "export_onnx", "load",
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +13,7 @@ import torch
 from deltaloom.backends.cuda import attention, delta_net, linear, moe, norm, rope, router
 from deltaloom.backends.cuda.step import DecodeStep
 from deltaloom.backends.cuda.table import interpreted, table
+from deltaloom.backends.cuda.timing import kernel_seconds
 from deltaloom.backends.torch.backend import COMPUTE, TorchBackend
 from deltaloom.backends.torch.host import torch_dtype
 from deltaloom.backends.torch.portable import portable_kernels
@@ -21,6 +22,8 @@ from deltaloom.backends.torch.table import table as torch_table
 from deltaloom.backends.torch.transformers_peer import TransformersPeer
 from deltaloom.backends.torch.weights import weights_of
 from deltaloom.graph.errors import CompileError
+from deltaloom.graph.ir import Graph, Value
+from deltaloom.graph.op import Array
 from deltaloom.graph.types import DType, f64
 from deltaloom.passes.emit import Program
 from deltaloom.passes.kernel import Kernel
@@ -52,6 +55,10 @@ class CudaBackend(TorchBackend):
             raise CompileError(
                 "backend cuda runs on an NVIDIA GPU, not on 'cpu'; give it one (--device cuda), or use the backend torch there"
             )
+        if found.startswith("cuda") and not torch.cuda.is_available():
+            raise CompileError(
+                f"backend cuda needs an NVIDIA GPU, and this torch ({torch.__version__}) sees none; use the backend torch or numpy"
+            )
         super().__init__(found, threads)
 
     @cached_property
@@ -68,6 +75,11 @@ class CudaBackend(TorchBackend):
     def zeros(self, shape: Sequence[int], dtype: DType) -> torch.Tensor:
         """A new tensor of zeros on the device; ``MemoryError`` where it is full."""
         return super().zeros(shape, dtype)
+
+    @within_memory()
+    def evaluated(self, weights: Graph, value: Value, prefix: str, read: Callable[[str], Array], axes: tuple[int, ...]) -> Any:
+        """A weight made on the device; ``MemoryError`` where it is full."""
+        return super().evaluated(weights, value, prefix, read, axes)
 
     def compute_dtype(self, wanted: str) -> DType:
         """float32, bfloat16 or float16. ``CompileError`` for anything else."""
@@ -130,6 +142,14 @@ class CudaBackend(TorchBackend):
     def allocated(self) -> int:
         """Bytes in use on the GPU; 0 on a CPU."""
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+
+    def peak(self) -> int:
+        """The most bytes that were in use on the GPU since the process began; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+
+    def kernel_seconds(self, run: Callable[..., Any], sets: Sequence[Sequence[Any]]) -> tuple[float, str]:
+        """Seconds of one call of a kernel, and how it was timed; see ``deltaloom.backends.cuda.timing``."""
+        return kernel_seconds(run, sets)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -48,6 +48,7 @@ def _advance(
     bad: tl.tensor,
     chosen: tl.tensor,
     kept: tl.tensor,
+    broken_steps: tl.tensor,
     token_ids: tl.tensor,
     positions: tl.tensor,
     context_lengths: tl.tensor,
@@ -70,16 +71,23 @@ def _advance(
     tl.store(kept + row, tl.where(broken, -1, best))
     write = tl.load(write_slots + row)
     used = write > 0
+    tl.store(broken_steps + row, tl.load(broken_steps + row) + (broken & used).to(tl.int64))
     tl.store(positions + row, tl.load(positions + row) + used.to(tl.int64))
     tl.store(context_lengths + row, tl.load(context_lengths + row) + used.to(tl.int32))
     tl.store(read_slots + row, tl.where(used, write, -1))
 
 
 def advance(
-    logits: torch.Tensor, allowed: int | None, chosen: torch.Tensor | None, kept: torch.Tensor, inputs: dict[str, torch.Tensor]
+    logits: torch.Tensor,
+    allowed: int | None,
+    chosen: torch.Tensor | None,
+    kept: torch.Tensor,
+    broken_steps: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
 ) -> None:
     """Choose a token of each row of ``logits`` [rows, vocab], the likeliest below ``allowed`` unless ``chosen`` says which, and
-    move ``inputs`` on to the next step. ``kept`` gets the tokens, -1 where a logit is not finite."""
+    move ``inputs`` on to the next step. ``kept`` gets the tokens, -1 where a logit is not finite; ``broken_steps`` int64 [rows]
+    grows by one for each row in use where that is so."""
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, PART)
     values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
@@ -94,6 +102,7 @@ def advance(
         bad,
         kept if chosen is None else chosen,
         kept,
+        broken_steps,
         *(inputs[name] for name in order),
         parts,
         PARTS=power(parts),

@@ -7,24 +7,23 @@ hundredth of it. The recurrence is that of ops/delta_rule.py.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
-from deltaloom.backends.cuda.table import at_most, floats, power, table
+from deltaloom.backends.cuda.table import at_most, floats, power, table, zeros
 from deltaloom.graph.ir import Node
 from deltaloom.graph.types import f32
 from deltaloom.ops.packed_delta_net import PackedGatedDeltaNet
 from deltaloom.ops.serving import tokens_each
 from deltaloom.passes.kernel import absent, dtype_in
 
-ELEMENTS, WARPS = 4096, 2
+ELEMENTS, WARPS = 8192, 2
 """Numbers of the state that a program holds at a time, and its warps."""
 
-FEW = 4
-"""Sequences up to which a program has one tile, so that there are many; with more it has all values of a head."""
+FEW, SOME = 4, 32
+"""Sequences up to which a program holds half of that, and up to which it has one tile, so that there are many programs; with more
+it has all values of a head."""
 
 
 def one_token(node: Node) -> str | None:
@@ -132,6 +131,7 @@ def _delta_net(
     k = _convolved(row, conv_weight, conv, (KEY_HEADS + head) * DK + key, is_key, read, CHANNELS, TAPS)
     q = q * tl.rsqrt(tl.sum(q * q, 0) + l2_eps) * scale
     k = k * tl.rsqrt(tl.sum(k * k, 0) + l2_eps)
+    shared = tl.sum(q * k, 0)
     gates = row + CHANNELS + HEADS * DV
     a = tl.load(gates + HEADS + own).to(tl.float32) + tl.load(dt_bias + own).to(tl.float32)
     softplus = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
@@ -145,11 +145,11 @@ def _delta_net(
         place = (own * DK + key[:, None]) * DV + value[None, :]
         S = tl.load(delta + read * (HEADS * DK * DV) + place, tl.where(held, read, -1) >= 0, other=0.0)
         v = _convolved(row, conv_weight, conv, 2 * KEY_HEADS * DK + own * DV + value, inside, read, CHANNELS, TAPS)
-        S = S * decay
-        change = (v - tl.sum(S * k[:, None], 0)) * beta
-        S += k[:, None] * change[None, :]
-        tl.store(delta + write * (HEADS * DK * DV) + place, S, tl.where(held, write, -1) >= 0)
-        tl.store(result + own * DV + value, tl.sum(S * q[:, None], 0).to(dtype), inside)
+        by_key, by_query = tl.sum(S * k[:, None], 0), tl.sum(S * q[:, None], 0)
+        change = (v - decay * by_key) * beta
+        new = S * decay + k[:, None] * change[None, :]
+        tl.store(delta + write * (HEADS * DK * DV) + place, new, tl.where(held, write, -1) >= 0)
+        tl.store(result + own * DV + value, (decay * by_query + shared * change).to(dtype), inside)
     tl.debug_barrier()
     counter = done + token * KEY_HEADS + head
     if tl.atomic_add(counter, 1) == TILES * REPEATS - 1:
@@ -166,13 +166,6 @@ def _delta_net(
         _shift(row, conv, (KEY_HEADS + head) * DK + key, is_key, read, write, CHANNELS, TAPS)
         _shift(row, conv, 2 * KEY_HEADS * DK + columns, real, read, write, CHANNELS, TAPS)
         tl.store(counter, 0)
-
-
-@cache
-def _counters(device: torch.device, count: int) -> torch.Tensor:
-    """``count`` zeros, which every launch leaves as zeros; launches of one device that share them run one after the other."""
-    with torch.inference_mode(False):
-        return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 @table.kernel(
@@ -203,8 +196,8 @@ def packed_gated_delta_net(
     projected = projected.contiguous()
     raw, out = projected.new_empty(2, 1, tokens, op.value_heads * op.value_dim)
     keys, values, r = power(op.key_dim), power(op.value_dim), power(repeats)
-    tile = max(1, min(values, ELEMENTS // keys))
-    steps = 1 if tokens <= FEW else values // tile
+    tile = max(1, min(values, (ELEMENTS if tokens > FEW else ELEMENTS // 2) // keys))
+    steps = 1 if tokens <= SOME else values // tile
     tiles = triton.cdiv(op.value_dim, tile * steps)
     _delta_net[(tiles, op.value_heads, tokens)](
         projected,
@@ -218,7 +211,7 @@ def packed_gated_delta_net(
         write_slots,
         out,
         raw,
-        _counters(projected.device, power(tokens * op.key_heads)),
+        zeros(projected.device, power(tokens * op.key_heads)),
         projected.stride(1),
         op.scale,
         op.eps,

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear as torch_linear
 
-from deltaloom.backends.cuda.quantized import BLOCK, parts, plain_or_fp8
-from deltaloom.backends.cuda.table import floats, interpreted, power, table
+from deltaloom.backends.cuda.quantized import BLOCK, parts, plain_or_fp8, weights_times_rows
+from deltaloom.backends.cuda.table import floats, interpreted, power, table, zeros
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.ops.quantized import plain_tensor
@@ -24,8 +24,11 @@ FEW = 64
 SMALL = 1 << 21
 """Elements of a weight up to which some rows are no work for cuBLAS, which takes two launches for it."""
 
-FEW_BYTES, STAGES = 1024, 3
+FEW_BYTES, STAGES = 256, 3
 """Bytes of a row that a program of ``_few_rows`` reads at once, and how many such tiles are under way."""
+
+PROGRAMS, MOST_PARTS = 384, 8
+"""About how many programs of ``_few_rows`` there should be, and into how many parts columns are cut for it at most."""
 
 LONGEST = 2048
 """Columns of a row that a program reads at once."""
@@ -72,39 +75,57 @@ def _few_rows(
     weight: tl.tensor,
     scale: tl.tensor,
     y: tl.tensor,
+    sums: tl.tensor,
+    done: tl.tensor,
     count: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
     FP8: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """ROWS columns of y [count, rows] = x [count, width] weight^T."""
-    row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COUNT)
+    """ROWS columns of y [count, rows] = x [count, width] weight^T, SPLIT programs for each: whichever ends last adds their ``sums``
+    [SPLIT, count, rows], in order, and leaves ``done`` at 0 as it found it."""
+    tile, piece = tl.program_id(0), tl.program_id(1)
+    row, at = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COUNT)
     inside, real = row < rows, at < count
-    blocks = scale + (tl.program_id(0) * ROWS // 128) * ((width + 127) // 128)
-    total = tl.zeros([COUNT, ROWS], tl.float32)
-    for start in range(0, width, WIDTH):
+    blocks = scale + (tile * ROWS // 128) * ((width + 127) // 128)
+    total = tl.zeros([ROWS, COUNT], tl.float32)
+    each = tl.cdiv(tl.cdiv(width, SPLIT), WIDTH) * WIDTH
+    for start in range(piece * each, tl.minimum(width, (piece + 1) * each), WIDTH):
         column = start + tl.arange(0, WIDTH)
         known = column < width
-        f = tl.load(x + at[:, None] * width + column[None, :], real[:, None] & known[None, :], other=0.0)
-        place = row[None, :].to(tl.int64) * width + column[:, None]
-        w = tl.load(weight + place, inside[None, :] & known[:, None], other=0.0)
-        if WIDEN:
-            part = tl.dot(f.to(tl.float32), w.to(tl.float32), input_precision="ieee")
-        else:
-            part = tl.dot(f, w.to(f.dtype), input_precision="ieee")
+        f = tl.load(x + at[None, :] * width + column[:, None], real[None, :] & known[:, None], other=0.0)
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        w = tl.load(weight + place, inside[:, None] & known[None, :], other=0.0)
+        part = weights_times_rows(w, f, WIDEN)
         total += part * tl.load(blocks + start // 128) if FP8 else part
-    tl.store(y + at[:, None] * rows + row[None, :], total.to(y.dtype.element_ty), real[:, None] & inside[None, :])
+    place, there = at[None, :] * rows + row[:, None], real[None, :] & inside[:, None]
+    if SPLIT == 1:
+        tl.store(y + place, total.to(y.dtype.element_ty), there)
+    else:
+        tl.store(sums + piece * count * rows + place, total, there)
+        tl.debug_barrier()
+        if tl.atomic_add(done + tile, 1) == SPLIT - 1:
+            whole = tl.zeros([ROWS, COUNT], tl.float32)
+            for number in tl.static_range(SPLIT):
+                whole += tl.load(sums + number * count * rows + place, there, other=0.0, cache_modifier=".cg")
+            tl.store(y + place, whole.to(y.dtype.element_ty), there)
+            tl.store(done + tile, 0)
 
 
-def plain_block(count: int, width: int, itemsize: int) -> int:
-    """Columns of a tile for ``count`` rows: no fewer than 16, as the matrix units want them, and half as many for many rows, so
-    that all stages fit into shared memory."""
-    bytes_ = FEW_BYTES if count <= 16 else FEW_BYTES // 2
-    return max(16, min(bytes_ // itemsize, power(width)))
+def plain_block(width: int, itemsize: int) -> int:
+    """Columns of a tile of a plain weight: no fewer than 16, as the matrix units want them."""
+    return max(16, min(FEW_BYTES // itemsize, power(width)))
+
+
+def split_of(tiles: int, count: int, blocks: int) -> int:
+    """Into how many parts columns are cut, so that there are programs for all units; no part is shorter than two blocks."""
+    wanted = (PROGRAMS if count <= 16 else PROGRAMS // 2) // tiles
+    return power(max(1, min(wanted, blocks // 2, MOST_PARTS)) + 1) // 2
 
 
 @table.kernel("linear", when=(absent("bias"), floats("x"), plain_or_fp8("weight")), quantised=True)
@@ -125,22 +146,27 @@ def linear(op: Op, x: torch.Tensor, weight: torch.Tensor | QuantizedArray) -> to
         grid = (triton.cdiv(rows, step),)
         _one_row[grid](flat, *parts(weight), y, rows, width, ROWS=step, WIDTH=block, FP8=fp8, num_warps=4 if fp8 else 2)
     else:
-        step = 16 if rows <= 4096 else 32
-        block = BLOCK if fp8 else plain_block(count, width, x.element_size())
-        _few_rows[(triton.cdiv(rows, step),)](
+        step = 64 if fp8 else 16
+        tiles, block = triton.cdiv(rows, step), BLOCK if fp8 else plain_block(width, x.element_size())
+        split = split_of(tiles, count, triton.cdiv(width, block))
+        sums = torch.empty(split, count, rows, dtype=torch.float32, device=x.device) if split > 1 else y
+        _few_rows[(tiles, split)](
             flat,
             *parts(weight),
             y,
+            sums,
+            zeros(x.device, power(tiles)),
             count,
             rows,
             width,
-            COUNT=max(16, power(count)),
+            COUNT=max(8, power(count)),
             ROWS=step,
             WIDTH=block,
+            SPLIT=split,
             FP8=fp8,
             WIDEN=interpreted(),
-            num_warps=4,
-            num_stages=4 if fp8 else STAGES,
+            num_warps=4 if fp8 else 2,
+            num_stages=STAGES,
         )
     return y.view(*x.shape[:-1], rows)
 

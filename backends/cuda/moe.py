@@ -13,15 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from deltaloom.backends.cuda.moe_sorted import combine, shared_moe_sorted
+from deltaloom.backends.cuda.moe_grouped import combine, shared_moe_grouped
 from deltaloom.backends.cuda.quantized import parts, plain_or_fp8, whole_blocks
 from deltaloom.backends.cuda.table import at_most, floats, power, table
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.passes.kernel import is_param
 
-FEW = 12
-"""Tokens up to which experts are not sorted."""
+FEW = 1
+"""Tokens up to which nothing is gained by grouping."""
 
 ROWS, OUTPUTS = 8, 16
 """Numbers that a program of the first product gives where weights take a byte, and of the second; all that it reads is on its way
@@ -187,7 +187,7 @@ def shared_moe(
     tokens, hidden = rows.shape
     weights, ids, gate = weights.contiguous(), ids.contiguous(), gate.contiguous()
     if tokens > FEW:
-        return shared_moe_sorted(rows, weights, ids, gate, gate_up, down, shared_gate_up, shared_down).view(x.shape)
+        return shared_moe_grouped(rows, weights, ids, gate, gate_up, down, shared_gate_up, shared_down).view(x.shape)
     intermediate, shared = down.shape[2], shared_down.shape[1]
     room, pairs, fp8 = max(intermediate, shared), tokens * (k + 1), isinstance(gate_up, QuantizedArray)
     inner, results, y = rows.new_empty(pairs, room), rows.new_empty(pairs, hidden), torch.empty_like(rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from deltaloom.graph.ir import Node
 from deltaloom.graph.quantized import QuantizedArray
@@ -46,3 +48,13 @@ def whole_blocks(name: str, axis: int, of: int = BLOCK) -> Guard:
 def parts(weight: torch.Tensor | QuantizedArray) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a weight; of a plain one the weight itself, twice, since a kernel does not look at the second."""
     return (weight.data, weight.scale) if isinstance(weight, QuantizedArray) else (weight, weight)
+
+
+@triton.jit
+def weights_times_rows(w: tl.tensor, f: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
+    """Weights [ROWS, WIDTH] times rows [WIDTH, TILE]. Codes are widened by way of float32, which a device does in packs."""
+    if WIDEN:
+        return tl.dot(w.to(tl.float32), f.to(tl.float32), input_precision="ieee")
+    if w.dtype != f.dtype:
+        w = w.to(tl.float32).to(f.dtype)
+    return tl.dot(w, f, input_precision="ieee")

@@ -70,19 +70,22 @@ class DecodeStep:
         self._sampled = sampled
         self._allowed = allowed
         self._device = device
-        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._tokens, self._broken = torch.zeros(2, batch, dtype=torch.int64, device=device)
+        self.phases: dict[str, float] = {}
+        """Seconds of recording: compiling and choosing kernels, then capturing."""
         on_gpu = device.type == "cuda"
         self._kept = torch.zeros(history, batch, dtype=torch.int64, pin_memory=on_gpu)
         self._arrived: list[Any] = [torch.cuda.Event() for _ in range(history)] if on_gpu else []  # type: ignore[no-untyped-call]
         self._count = 0
         self._program, self._weights, self._fixed, self._append = program, weights, fixed, append
         self._place = program.outputs.index("last_logits")
-        self._arguments = [self.inputs[name] for name in names]
+        self.arguments = [self.inputs[name] for name in names]
         self._graph: torch.cuda.CUDAGraph | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Let nobody use any row."""
+        """Let nobody use any row, and forget which logits were not finite."""
+        self._broken.zero_()
         for name, tensor in self.inputs.items():
             tensor.fill_(IDLE.get(name, 0))
 
@@ -101,6 +104,7 @@ class DecodeStep:
         ``CompileError`` for a program with kernels that cannot be."""
         if self._device.type != "cuda":
             return
+        started = perf_counter()
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -108,6 +112,7 @@ class DecodeStep:
                 self._step()
         torch.cuda.current_stream(self._device).wait_stream(side)
         torch.cuda.synchronize(self._device)
+        compiled = perf_counter()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -116,6 +121,8 @@ class DecodeStep:
             raise CompileError(f"{self._found()} ({str(error).splitlines()[0]})") from error
         self._graph = graph
         self.reset()
+        torch.cuda.synchronize(self._device)
+        self.phases = {"kernels": compiled - started, "capture": perf_counter() - compiled}
 
     def run(self) -> int:
         """Start one step and give its number; its tokens are on their way to the host when this returns."""
@@ -137,6 +144,10 @@ class DecodeStep:
             self._arrived[place].synchronize()
         found: list[int] = self._kept[place].tolist()
         return found
+
+    def broken(self) -> int:
+        """How often the logits of a row in use were not finite since ``reset``, counted on the device; waits for all steps."""
+        return int(self._broken.sum())
 
     def seconds(self, steps: int) -> list[float]:
         """The seconds of each of ``steps`` steps: on the device, between two events, or on a CPU as its clock has it."""
@@ -164,9 +175,9 @@ class DecodeStep:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        results = self._program.run(*self._arguments, self._weights, dict(self._fixed), dict(self._append))
+        results = self._program.run(*self.arguments, self._weights, dict(self._fixed), dict(self._append))
         self.logits = results[self._place][0]
-        advance(self.logits, self._allowed, self._drawn() if self._sampled else None, self._tokens, self.inputs)
+        advance(self.logits, self._allowed, self._drawn() if self._sampled else None, self._tokens, self._broken, self.inputs)
 
     def _drawn(self) -> torch.Tensor:
         """The tokens of all rows where some are drawn, for the position after that of the step."""

@@ -51,3 +51,10 @@ def tokens_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """x [1, tokens, ...] with the numbers of each token side by side, and the distance from token to token."""
     flat = x.view(x.shape[0], x.shape[1], -1) if x[0, 0].is_contiguous() else x.contiguous().view(x.shape[0], x.shape[1], -1)
     return flat, flat.stride(1)
+
+
+@cache
+def zeros(device: torch.device, count: int) -> torch.Tensor:
+    """``count`` zeros, which every launch leaves as zeros; launches of one device that share them run one after the other."""
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=torch.int32, device=device)

@@ -25,7 +25,10 @@ from deltaloom.backends.torch import (
 from deltaloom.backends.torch.host import to_array, to_tensor, torch_dtype
 from deltaloom.backends.torch.portable import portable_kernel, portable_kernels
 from deltaloom.backends.torch.table import table
+from deltaloom.backends.torch.upload import Upload
+from deltaloom.backends.torch.weights import evaluated
 from deltaloom.graph.errors import CompileError, ConfigError
+from deltaloom.graph.ir import Graph, Value
 from deltaloom.graph.op import Array, Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import DType, bf16, f16, f32, f64
@@ -81,6 +84,15 @@ class TorchBackend:
         if isinstance(array, QuantizedArray):
             return replace(array, data=self.from_host(array.data), scale=self.from_host(array.scale))
         return to_tensor(array).to(self._device)
+
+    def evaluated(self, weights: Graph, value: Value, prefix: str, read: Callable[[str], Array], axes: tuple[int, ...]) -> Any:
+        """A weight made on the device of checkpoint tensors that ``read`` gives, which are copied while others are read."""
+        upload = self._upload
+        return evaluated(weights, value, prefix, lambda name: upload.tensor(read(name)), axes, upload.arrived)
+
+    @cached_property
+    def _upload(self) -> Upload:
+        return Upload(self._device)
 
     def to_host(self, tensor: Any) -> Any:
         """An array on the tensor's memory where that is the CPU's; bfloat16 through ml_dtypes."""

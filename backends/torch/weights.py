@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deltaloom.graph.errors import CheckpointError, GraphError
 from deltaloom.graph.ir import Graph, Value
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.graph.types import QuantType
@@ -25,16 +26,13 @@ def weights_of(program: Program, read: Read) -> dict[str, tuple[Any, ...]]:
         value = graph.weights.output(slot.value.name)
         key = ("" if value.kind == "param" else graph.name, prefix + value.name, slot.axes)
         if key not in made:
-            made[key] = _stored(_evaluate(graph.weights, value, prefix, read), value, slot.axes)
+            made[key] = evaluated(graph.weights, value, prefix, read, slot.axes)
         return made[key]
 
-    with torch.inference_mode():
-        return {
-            one.prefix: tuple(
-                weight(one.prefix, one.graph, slot) for slot in program.signatures[program.function(one.graph)].weights
-            )
-            for one in program.graph.instances()
-        }
+    return {
+        one.prefix: tuple(weight(one.prefix, one.graph, slot) for slot in program.signatures[program.function(one.graph)].weights)
+        for one in program.graph.instances()
+    }
 
 
 def _stored(found: Any, value: Value, axes: tuple[int, ...]) -> Any:
@@ -44,18 +42,37 @@ def _stored(found: Any, value: Value, axes: tuple[int, ...]) -> Any:
     return (found.permute(axes) if axes else found).to(dtype).contiguous()
 
 
-def _evaluate(weights: Graph, value: Value, prefix: str, read: Read) -> Any:
+def evaluated(
+    weights: Graph, value: Value, prefix: str, read: Read, axes: tuple[int, ...], arrived: Callable[[], None] = lambda: None
+) -> Any:
+    """``value`` of a weight graph with its axes stored in the order ``axes``. What ``read`` gives may be on its way until
+    ``arrived`` returns. ``CheckpointError`` for tensors of which it cannot be made."""
+    with torch.no_grad():
+        try:
+            found = _evaluate(weights, value, prefix, read, arrived)
+        except GraphError as error:
+            raise CheckpointError(f"the weight '{prefix}{value.name}' cannot be made on the device: {error}") from error
+        arrived()
+        return _stored(found, value, axes)
+
+
+def _evaluate(weights: Graph, value: Value, prefix: str, read: Read, arrived: Callable[[], None]) -> Any:
     """``value`` of a weight graph; what only it needs is gone when it is there."""
     if value.kind == "param":
-        return _parameter(value, prefix + value.name, read)
+        return _parameter(value, prefix + value.name, read, arrived)
     node = weights.producers[value.name]
-    inputs = [_evaluate(weights, item, prefix, read) for item in node.inputs]
+    inputs = [_evaluate(weights, item, prefix, read, arrived) for item in node.inputs]
+    arrived()
     results = node.op.torch(torch, *inputs)  # type: ignore[misc]
     return results[node.outputs.index(value)] if isinstance(results, (tuple, list)) else results
 
 
-def _parameter(value: Value, name: str, read: Read) -> Any:
+def _parameter(value: Value, name: str, read: Read, arrived: Callable[[], None]) -> Any:
     form = value.type.dtype
-    if not isinstance(form, QuantType):
-        return read(name).to(getattr(torch, form.long_name))
-    return QuantizedArray(read(name), read(f"{name}_scale_inv"), form, value.type.static_shape())
+    found = read(name)
+    if isinstance(form, QuantType):
+        return QuantizedArray(found, read(f"{name}_scale_inv"), form, value.type.static_shape())
+    dtype: torch.dtype = getattr(torch, form.long_name)
+    if found.dtype != dtype:
+        arrived()
+    return found.to(dtype)

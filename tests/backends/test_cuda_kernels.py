@@ -153,13 +153,28 @@ def test_products_of_few_rows_and_any_width(width):
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("count", [2, 16, 17, linear.FEW])
 @pytest.mark.parametrize("width", [1, 17, 2048, 4096])
-def test_tiles_of_few_rows_fit_the_device(width, count, itemsize):
+def test_tiles_of_few_rows_fit_the_device(width, itemsize):
     """227 KB of shared memory on the smallest of the devices with compute capability 9.0; the matrix units take 16 columns."""
-    block = linear.plain_block(count, width, itemsize)
-    rows = 1 << (max(16, count) - 1).bit_length()
-    assert block >= 16 and (rows + 32) * block * itemsize * linear.STAGES <= 227 << 10
+    block = linear.plain_block(width, itemsize)
+    assert block >= 16 and (linear.FEW + 64) * block * itemsize * linear.STAGES <= 227 << 10
+
+
+@pytest.mark.parametrize(
+    "tiles, count, blocks, parts",
+    [(32, 8, 32, 8), (32, 64, 32, 4), (192, 8, 16, 2), (1, 2, 1, 1), (9, 8, 3, 1), (1, 2, 40, 8)],
+)
+def test_columns_are_cut_for_enough_programs(tiles, count, blocks, parts):
+    assert linear.split_of(tiles, count, blocks) == parts
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_sums_of_parts_leave_their_counters_at_zero(count):
+    draw = SeededDraw(count)
+    weight = Quantize(FP8).reference(draw.uniform(-1.0, 1.0, 130, 1100))
+    case = Case(ops.get("linear")(), (draw.uniform(-1.0, 1.0, 1, count, 1100), weight))
+    for _ in range(2):
+        check(named("linear"), case, f32)
 
 
 def test_other_forms_are_refused():

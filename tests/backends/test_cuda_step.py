@@ -33,7 +33,9 @@ def inputs_of(write_slots):
 def choose(logits, write_slots, allowed=None, chosen=None):
     inputs, kept = inputs_of(write_slots), torch.full((len(logits),), 99, dtype=torch.int64, device=DEVICE)
     given = None if chosen is None else torch.tensor(chosen, device=DEVICE)
-    choice.advance(torch.tensor(logits, device=DEVICE), allowed, given, kept, inputs)
+    broken = torch.zeros(len(logits), dtype=torch.int64, device=DEVICE)
+    choice.advance(torch.tensor(logits, device=DEVICE), allowed, given, kept, broken, inputs)
+    assert broken.tolist() == [int(token < 0 and slot > 0) for token, slot in zip(kept.tolist(), write_slots, strict=True)]
     return kept.tolist(), {name: tensor.flatten().tolist() for name, tensor in inputs.items()}
 
 
