@@ -13,6 +13,8 @@ from deltaloom.graph.types import QuantType, TensorType
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+SCALE_SUFFIX = "_scale_inv"  # block FP8: X.weight is multiplied by X.weight_scale_inv
+
 
 @dataclass(frozen=True)
 class QuantizedArray:

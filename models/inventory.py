@@ -5,9 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from deltaloom.graph.ir import Graph, names_apart
+from deltaloom.graph.quantized import SCALE_SUFFIX
 from deltaloom.graph.types import DType, QuantType, TensorType
-
-SCALE_SUFFIX = "_scale_inv"  # block FP8: X.weight is multiplied by X.weight_scale_inv
 
 
 @dataclass(frozen=True)

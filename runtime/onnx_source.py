@@ -16,13 +16,12 @@ from deltaloom.backends.onnx.flat import Weight
 from deltaloom.graph.errors import ExportError, require
 from deltaloom.graph.ir import Graph, Value
 from deltaloom.graph.op import Array
-from deltaloom.graph.quantized import QuantizedArray, copy_cast
+from deltaloom.graph.quantized import SCALE_SUFFIX, QuantizedArray, copy_cast
 from deltaloom.graph.types import DType, QuantType, f16, f32
 from deltaloom.models.build import ModelGraphs, build_graph
 from deltaloom.models.bundled import model_folder
 from deltaloom.models.checkpoint import Checkpoint
 from deltaloom.models.config import ModelConfig, read_config
-from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.models.safetensors_file import TensorInfo
 from deltaloom.passes.quantise_policy import Policy
 from deltaloom.runtime.compile import CompiledModel

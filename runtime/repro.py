@@ -25,10 +25,9 @@ from deltaloom.graph.errors import CompileError, ConfigError, DeltaloomError, re
 from deltaloom.graph.interpret import interpret
 from deltaloom.graph.ir import Graph, Value
 from deltaloom.graph.op import Array
-from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.quantized import SCALE_SUFFIX, QuantizedArray
 from deltaloom.graph.serialize import from_json, to_json
 from deltaloom.graph.types import QuantType
-from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.models.safetensors_file import SafetensorsFile, write_safetensors
 from deltaloom.passes.kernel import kernels_for
 from deltaloom.passes.rewrite.engine import apply_rules

@@ -16,9 +16,8 @@ from deltaloom.graph.errors import GraphError
 from deltaloom.graph.interpret import interpret
 from deltaloom.graph.ir import Call, Graph, Node, Value
 from deltaloom.graph.op import Array
-from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.quantized import SCALE_SUFFIX, QuantizedArray
 from deltaloom.graph.types import QuantType
-from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.passes.driver import Variant
 from deltaloom.passes.emit import returned_values
 from deltaloom.passes.kernel import Tensor

@@ -11,9 +11,8 @@ from deltaloom.graph.distance import FLOOR
 from deltaloom.graph.interpret import run_node
 from deltaloom.graph.ir import Graph, Node, Value
 from deltaloom.graph.op import Array
-from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.quantized import SCALE_SUFFIX, QuantizedArray
 from deltaloom.graph.types import DType, QuantType, bf16, f8_e4m3, f16, f32, f64
-from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.ops.quantized import HIGHEST, Dequantize
 from deltaloom.passes.driver import Variant
 from deltaloom.runtime.model import Model

@@ -17,9 +17,8 @@ from deltaloom.graph.errors import CheckpointError, GraphError
 from deltaloom.graph.interpret import run_node
 from deltaloom.graph.ir import Graph, Node, Value
 from deltaloom.graph.op import Array
-from deltaloom.graph.quantized import QuantizedArray, copy_cast, empty
+from deltaloom.graph.quantized import SCALE_SUFFIX, QuantizedArray, copy_cast, empty
 from deltaloom.graph.types import QuantType
-from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.passes.emit import WeightSlot
 from deltaloom.passes.kernel import Backend, Tensor
 

@@ -26,7 +26,7 @@ from deltaloom.backends.torch.host import to_array, to_tensor, torch_dtype
 from deltaloom.backends.torch.portable import portable_kernel, portable_kernels
 from deltaloom.backends.torch.table import table
 from deltaloom.backends.torch.upload import Upload
-from deltaloom.backends.torch.weights import evaluated
+from deltaloom.backends.torch.weights import evaluated, stored_names
 from deltaloom.graph.errors import CompileError, ConfigError
 from deltaloom.graph.ir import Graph, Value
 from deltaloom.graph.op import Array, Op
@@ -86,9 +86,9 @@ class TorchBackend:
         return to_tensor(array).to(self._device)
 
     def evaluated(self, weights: Graph, value: Value, prefix: str, read: Callable[[str], Array], axes: tuple[int, ...]) -> Any:
-        """A weight made on the device of checkpoint tensors that ``read`` gives, which are copied while others are read."""
-        upload = self._upload
-        return evaluated(weights, value, prefix, lambda name: upload.tensor(read(name)), axes, upload.arrived)
+        """A weight made on the device of all the checkpoint tensors that it needs, which ``read`` gives."""
+        stored = self._upload.tensors({name: read(name) for name in stored_names(weights, value, prefix)})
+        return evaluated(weights, value, prefix, stored.__getitem__, axes)
 
     @cached_property
     def _upload(self) -> Upload:

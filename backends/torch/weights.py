@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from deltaloom.graph.errors import CheckpointError, GraphError
 from deltaloom.graph.ir import Graph, Value
-from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.quantized import SCALE_SUFFIX, QuantizedArray
 from deltaloom.graph.types import QuantType
 from deltaloom.passes.emit import Program, WeightSlot
 
@@ -42,37 +42,39 @@ def _stored(found: Any, value: Value, axes: tuple[int, ...]) -> Any:
     return (found.permute(axes) if axes else found).to(dtype).contiguous()
 
 
-def evaluated(
-    weights: Graph, value: Value, prefix: str, read: Read, axes: tuple[int, ...], arrived: Callable[[], None] = lambda: None
-) -> Any:
-    """``value`` of a weight graph with its axes stored in the order ``axes``. What ``read`` gives may be on its way until
-    ``arrived`` returns. ``CheckpointError`` for tensors of which it cannot be made."""
+def evaluated(weights: Graph, value: Value, prefix: str, read: Read, axes: tuple[int, ...]) -> Any:
+    """``value`` of a weight graph with its axes stored in the order ``axes``. ``CheckpointError`` for tensors of which it cannot be
+    made."""
     with torch.no_grad():
         try:
-            found = _evaluate(weights, value, prefix, read, arrived)
+            return _stored(_evaluate(weights, value, prefix, read), value, axes)
         except GraphError as error:
             raise CheckpointError(f"the weight '{prefix}{value.name}' cannot be made on the device: {error}") from error
-        arrived()
-        return _stored(found, value, axes)
 
 
-def _evaluate(weights: Graph, value: Value, prefix: str, read: Read, arrived: Callable[[], None]) -> Any:
+def stored_names(weights: Graph, value: Value, prefix: str) -> Iterator[str]:
+    """The checkpoint tensors of which ``value`` is made, in the order in which it asks for them."""
+    if value.kind != "param":
+        for item in weights.producers[value.name].inputs:
+            yield from stored_names(weights, item, prefix)
+        return
+    yield prefix + value.name
+    if isinstance(value.type.dtype, QuantType):
+        yield prefix + value.name + SCALE_SUFFIX
+
+
+def _evaluate(weights: Graph, value: Value, prefix: str, read: Read) -> Any:
     """``value`` of a weight graph; what only it needs is gone when it is there."""
     if value.kind == "param":
-        return _parameter(value, prefix + value.name, read, arrived)
+        return _parameter(value, prefix + value.name, read)
     node = weights.producers[value.name]
-    inputs = [_evaluate(weights, item, prefix, read, arrived) for item in node.inputs]
-    arrived()
+    inputs = [_evaluate(weights, item, prefix, read) for item in node.inputs]
     results = node.op.torch(torch, *inputs)  # type: ignore[misc]
     return results[node.outputs.index(value)] if isinstance(results, (tuple, list)) else results
 
 
-def _parameter(value: Value, name: str, read: Read, arrived: Callable[[], None]) -> Any:
+def _parameter(value: Value, name: str, read: Read) -> Any:
     form = value.type.dtype
-    found = read(name)
-    if isinstance(form, QuantType):
-        return QuantizedArray(found, read(f"{name}_scale_inv"), form, value.type.static_shape())
-    dtype: torch.dtype = getattr(torch, form.long_name)
-    if found.dtype != dtype:
-        arrived()
-    return found.to(dtype)
+    if not isinstance(form, QuantType):
+        return read(name).to(getattr(torch, form.long_name))
+    return QuantizedArray(read(name), read(name + SCALE_SUFFIX), form, value.type.static_shape())

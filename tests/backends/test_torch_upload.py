@@ -19,22 +19,24 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int8])
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7, 13), (3 * BUFFERS, 64)])
 def test_arrays_arrive_whole(dtype, shape):
-    upload = Upload(torch.device("cpu"), chunk=100)
-    arrays = [np.random.default_rng(seed).standard_normal(shape).astype(dtype) for seed in range(5)]
-    made = [upload.tensor(array) for array in arrays]
-    upload.arrived()
-    for array, tensor in zip(arrays, made, strict=True):
+    upload = Upload(torch.device("cpu"), chunk=512)
+    arrays = {str(seed): np.random.default_rng(seed).standard_normal(shape).astype(dtype) for seed in range(5)}
+    made = upload.tensors(arrays)
+    assert set(made) == set(arrays)
+    for name, array in arrays.items():
+        tensor = made[name]
+        assert tuple(tensor.shape) == array.shape
         assert to_array(tensor).dtype == array.dtype and to_array(tensor).tobytes() == array.tobytes()
 
 
 def test_arrays_that_lie_otherwise_arrive():
-    upload = Upload(torch.device("cpu"), chunk=16)
+    upload = Upload(torch.device("cpu"), chunk=256)
     wide = np.arange(60, dtype=np.float32).reshape(6, 10)
     unaligned = np.frombuffer(b"x" + wide.tobytes(), np.uint8)[1:].view(np.float32)
-    made = [upload.tensor(array) for array in (wide.T, wide[::2], unaligned, wide.astype(">f4"))]
-    upload.arrived()
-    expected = (wide.T, wide[::2], wide.reshape(-1), wide)
-    assert all(np.array_equal(to_array(tensor), array) for tensor, array in zip(made, expected, strict=True))
+    made = upload.tensors({"turned": wide.T, "skipping": wide[::2], "unaligned": unaligned, "swapped": wide.astype(">f4")})
+    expected = {"turned": wide.T, "skipping": wide[::2], "unaligned": wide.reshape(-1), "swapped": wide}
+    assert all(np.array_equal(to_array(made[name]), array) for name, array in expected.items())
+    assert upload.tensors({}) == {}
 
 
 def test_what_goes_wrong_on_the_way_is_raised(monkeypatch):
@@ -44,9 +46,8 @@ def test_what_goes_wrong_on_the_way_is_raised(monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(np, "copyto", broken)
-    upload.tensor(np.ones(3, np.float32))
     with pytest.raises(OSError, match="the disk is gone"):
-        upload.arrived()
+        upload.tensors({"ones": np.ones(3, np.float32)})
 
 
 @pytest.mark.parametrize("folder", ["next_base", "next_fp8"])

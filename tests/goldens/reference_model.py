@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from deltaloom.graph.interpret import Observer, Results, interpret
 from deltaloom.graph.ir import Graph
-from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.quantized import SCALE_SUFFIX, QuantizedArray
 from deltaloom.graph.types import DType, QuantType, f64
 from deltaloom.models.build import ModelGraphs, build_graph
 from deltaloom.models.checkpoint import Checkpoint
 from deltaloom.models.config import ModelConfig, read_config
-from deltaloom.models.inventory import SCALE_SUFFIX
 
 Array = NDArray[Any]
 States = Mapping[str, Array]

@@ -13,10 +13,9 @@ import deltaloom.backends.numpy.backend  # noqa: F401  (its kernels are put into
 from deltaloom.backends.numpy.table import table
 from deltaloom.cli.app import run
 from deltaloom.graph.errors import CompileError, ConfigError
-from deltaloom.graph.quantized import QuantizedArray
+from deltaloom.graph.quantized import SCALE_SUFFIX, QuantizedArray
 from deltaloom.models.bundled import model_folder
 from deltaloom.models.checkpoint import Checkpoint
-from deltaloom.models.inventory import SCALE_SUFFIX
 from deltaloom.passes.config import CompileConfig
 from deltaloom.passes.fuse.norm import FuseAddRMSNorm
 from deltaloom.runtime.bisect import bisect
