@@ -116,7 +116,7 @@ def main() -> None:
     which = parser.parse_args().which
     if "delta" in which:
         for tokens in (1, 8, 64, 256):
-            recurrence(tokens, [{"ELEMENTS": e, "WARPS": w} for e, w in ((4096, 2), (4096, 4), (8192, 4))])
+            recurrence(tokens, [{}])
     if "linear" in which:
         for out, width in ((12352, 2048), (2048, 4096), (513, 2048)):
             products(1, out, width, False, [{}])

@@ -1,10 +1,9 @@
-"""Routed experts and the shared one, for few tokens: a program a chosen expert, without sorting.
+"""Routed experts and the shared one, for one token: each chosen expert is a matrix times a vector.
 
 x [1, tokens, H]; weights, ids [1, tokens, k]; gate [1, tokens, 1]; gate_up [E, 2 I, H]; down [E, H, I]; shared_gate_up [2 S, H];
-shared_down [H, S]. Floor: every distinct chosen expert read once, 3 I H itemsize bytes (6.3 MB in bfloat16 for the 80B), and the
-shared one. Three launches: ``_inner`` gives silu(gate) * up of every token and expert, ``_outer`` the products with ``down``, and
-``combine`` their weighted sum. An expert that several tokens chose is read by each; up to some tokens that is rare, and then it is
-likely still in the L2 cache.
+shared_down [H, S]. Floor: every chosen expert read once, 3 I H itemsize bytes (6.3 MB in bfloat16 for the 80B), and the shared one.
+Three launches: ``_inner`` gives silu(gate) * up of every expert, ``_outer`` the products with ``down``, and ``combine`` their
+weighted sum.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from deltaloom.backends.cuda.table import at_most, floats, power, table
 from deltaloom.graph.op import Op
 from deltaloom.graph.quantized import QuantizedArray
 from deltaloom.passes.kernel import is_param
-
-FEW = 1
-"""Tokens up to which nothing is gained by grouping."""
 
 ROWS, OUTPUTS = 8, 16
 """Numbers that a program of the first product gives where weights take a byte, and of the second; all that it reads is on its way
@@ -88,15 +84,13 @@ def _inner(
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
 ) -> None:
-    """ROWS numbers of silu(gate) * up of one token and one of its k + 1 experts, of which the last is the shared one."""
-    pair, first = tl.program_id(1), tl.program_id(0) * ROWS
+    """ROWS numbers of silu(gate) * up of one of the k + 1 experts, of which the last is the shared one."""
+    rank, first = tl.program_id(1), tl.program_id(0) * ROWS
     dtype = inner.dtype.element_ty
-    token, rank = pair // (k + 1), pair % (k + 1)
-    row = x + token.to(tl.int64) * hidden
     at = first + tl.arange(0, ROWS)
     matrix, scale, size = shared, shared_scale, shared_width
     if rank < k:
-        expert = tl.load(ids + token * k + rank).to(tl.int64)
+        expert = tl.load(ids + rank).to(tl.int64)
         matrix = gate_up + expert * 2 * intermediate * hidden
         scale = gate_up_scale + expert * ((2 * intermediate + 127) // 128) * ((hidden + 127) // 128)
         size = intermediate
@@ -106,16 +100,16 @@ def _inner(
             _tile(matrix, first, hidden, inside, 0, ROWS, WIDTH),
             _tile(matrix, size + first, hidden, inside, 0, ROWS, WIDTH),
         )
-        gate = _times(w, row, scale, first, hidden, 0, WIDTH, FP8)
-        up = _times(v, row, scale, size + first, hidden, 0, WIDTH, FP8)
+        gate = _times(w, x, scale, first, hidden, 0, WIDTH, FP8)
+        up = _times(v, x, scale, size + first, hidden, 0, WIDTH, FP8)
         for start in range(WIDTH, hidden, WIDTH):
             w = _tile(matrix, first, hidden, inside, start, ROWS, WIDTH)
             v = _tile(matrix, size + first, hidden, inside, start, ROWS, WIDTH)
-            gate += _times(w, row, scale, first, hidden, start, WIDTH, FP8)
-            up += _times(v, row, scale, size + first, hidden, start, WIDTH, FP8)
+            gate += _times(w, x, scale, first, hidden, start, WIDTH, FP8)
+            up += _times(v, x, scale, size + first, hidden, start, WIDTH, FP8)
         gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
         value = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
-        tl.store(inner + pair.to(tl.int64) * room + at, value.to(dtype), inside)
+        tl.store(inner + rank * room + at, value.to(dtype), inside)
 
 
 @triton.jit
@@ -136,24 +130,23 @@ def _outer(
     WIDTH: tl.constexpr,
     FP8: tl.constexpr,
 ) -> None:
-    """ROWS outputs of one token's expert, or of the shared one."""
-    pair, first = tl.program_id(1), tl.program_id(0) * ROWS
-    token, rank = pair // (k + 1), pair % (k + 1)
+    """ROWS outputs of one expert, or of the shared one."""
+    rank, first = tl.program_id(1), tl.program_id(0) * ROWS
     at = first + tl.arange(0, ROWS)
     inside = at < hidden
     matrix, scale, size = shared, shared_scale, shared_width
     if rank < k:
-        expert = tl.load(ids + token * k + rank).to(tl.int64)
+        expert = tl.load(ids + rank).to(tl.int64)
         matrix = down + expert * hidden * intermediate
         scale = down_scale + expert * ((hidden + 127) // 128) * ((intermediate + 127) // 128)
         size = intermediate
-    source = inner + pair.to(tl.int64) * room
+    source = inner + rank * room
     w = _tile(matrix, first, size, inside, 0, ROWS, WIDTH)
     total = _times(w, source, scale, first, size, 0, WIDTH, FP8)
     for start in range(WIDTH, size, WIDTH):
         w = _tile(matrix, first, size, inside, start, ROWS, WIDTH)
         total += _times(w, source, scale, first, size, start, WIDTH, FP8)
-    tl.store(results + pair.to(tl.int64) * hidden + at, total.to(results.dtype.element_ty), inside)
+    tl.store(results + rank * hidden + at, total.to(results.dtype.element_ty), inside)
 
 
 WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
@@ -182,19 +175,19 @@ def shared_moe(
     shared_gate_up: Weight,
     shared_down: Weight,
 ) -> torch.Tensor:
-    """Few tokens each for itself, more sorted by expert."""
+    """One token by matrix times vector, more grouped by expert."""
     rows, k = x.reshape(-1, x.shape[-1]).contiguous(), ids.shape[-1]
     tokens, hidden = rows.shape
     weights, ids, gate = weights.contiguous(), ids.contiguous(), gate.contiguous()
-    if tokens > FEW:
+    if tokens > 1:
         return shared_moe_grouped(rows, weights, ids, gate, gate_up, down, shared_gate_up, shared_down).view(x.shape)
     intermediate, shared = down.shape[2], shared_down.shape[1]
-    room, pairs, fp8 = max(intermediate, shared), tokens * (k + 1), isinstance(gate_up, QuantizedArray)
-    inner, results, y = rows.new_empty(pairs, room), rows.new_empty(pairs, hidden), torch.empty_like(rows)
+    room, fp8 = max(intermediate, shared), isinstance(gate_up, QuantizedArray)
+    inner, results, y = rows.new_empty(k + 1, room), rows.new_empty(k + 1, hidden), torch.empty_like(rows)
     step = ROWS if fp8 else ROWS // 2
     sizes = (k, hidden, intermediate, shared, room)
     width, inner_width = min(LONGEST, power(hidden)), min(LONGEST, power(room))
-    _inner[(triton.cdiv(room, step), pairs)](
+    _inner[(triton.cdiv(room, step), k + 1)](
         rows,
         ids,
         *parts(gate_up),
@@ -206,7 +199,7 @@ def shared_moe(
         FP8=fp8,
         num_warps=WARPS,
     )
-    _outer[(triton.cdiv(hidden, OUTPUTS), pairs)](
+    _outer[(triton.cdiv(hidden, OUTPUTS), k + 1)](
         inner,
         ids,
         *parts(down),

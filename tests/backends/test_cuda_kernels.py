@@ -15,7 +15,7 @@ if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
 import deltaloom.ops  # noqa: E402, F401 - fills the registry
-from deltaloom.backends.cuda import linear, moe  # noqa: E402
+from deltaloom.backends.cuda import linear, moe_grouped  # noqa: E402
 from deltaloom.backends.cuda.backend import CudaBackend  # noqa: E402
 from deltaloom.graph.errors import CompileError  # noqa: E402
 from deltaloom.graph.op import Case  # noqa: E402
@@ -126,13 +126,13 @@ def moe_case(draw, tokens, experts, k, hidden, inner, form=None):
     return Case(ops.get("shared_moe")(), (x, *parts, *weights))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, moe.FEW, moe.FEW + 1, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 9, moe_grouped.FEW, moe_grouped.FEW + 1, 40])
 def test_experts_for_few_and_many_tokens(tokens):
     for experts, k, hidden, inner in ((9, 3, 33, 20), (5, 5, 16, 16)):
         check(named("shared_moe"), moe_case(SeededDraw(tokens), tokens, experts, k, hidden, inner), f32)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("tokens", [1, 3, 12, 20])
 def test_experts_in_fp8(tokens):
     check(named("shared_moe"), moe_case(SeededDraw(tokens), tokens, 3, 2, 200, 128, FP8), f32)
 
